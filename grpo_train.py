@@ -1,0 +1,337 @@
+"""GRPO (Group Relative Policy Optimization, DeepSeekMath, arXiv 2402.03300) in one loop.
+
+    python ref_server.py                                        # first, in another terminal or on another GPU
+    deepspeed grpo_train.py                                     # all GPUs, or one CPU process
+    deepspeed --num_accelerators 2 grpo_train.py LR=2e-6        # two processes; any constant below as NAME=value
+    python grpo_train.py                                        # one process, for a debugger
+
+One step samples a group of completions for each prompt, rewards them, turns each group's rewards into advantages and
+takes one AdamW step on the clipped objective with a KL penalty towards the reference model. It is on-policy: a batch is
+used for one update. There is no value model and no replay. Read `main()` first; `GRPO_step` is the loss.
+"""
+import json
+import math
+import os
+import random
+import resource
+import socket
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import plot
+from ref_server import check_server, micro_batches, override_constants, request_logps, token_logps
+from rewards import check_rewards, compute_rewards, load_rewards, reward_correct, reward_format
+from sampler import load_model, load_prompts, sample, stop_ids
+
+# Model and data
+MODEL = "examples/arithmetic/model"  # local folder or hub name
+DATASET = "examples/arithmetic/train.jsonl"  # .jsonl with `question` or `prompt`, or hub name[:config[:split]]
+EVAL_DATASET = "examples/arithmetic/heldout.jsonl"  # never trained on
+SYSTEM_PROMPT = "First reason between <think> and </think>, then give the answer between <answer> and </answer>."
+REWARDS = [reward_correct, reward_format]  # added up; the first one, above 0, also counts as accuracy
+REF_SERVER = "http://127.0.0.1:59875"  # several, separated by commas, share the work
+OUTPUT_DIR = "runs/arithmetic"
+SEED = 0
+
+# Sampling
+STEPS = 60  # updates
+PROMPTS_PER_STEP = 16  # of the whole job, all processes together
+GROUP_SIZE = 8  # completions for each prompt; more of them, better advantages: 8 to 64
+MAX_PROMPT_TOKENS = 128  # longer prompts are left out
+MAX_COMPLETION_TOKENS = 64  # 512 for GSM8K, thousands for competition mathematics
+MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
+TEMPERATURE = 1.0  # of sampling and of every log-prob; below 1 explores less
+
+# Loss
+LOSS_TYPE = "grpo"  # the mean over a completion's tokens, then over completions
+BETA = 0.005  # weight of the KL penalty; 0 needs no reference server; DeepSeekMath used 0.04
+CLIP_LOW = 0.2  # the ratio is clipped to 1 - CLIP_LOW ...
+CLIP_HIGH = 0.2  # ... 1 + CLIP_HIGH
+
+# Optimizer and memory
+LR = 5e-5  # 1e-6 for pre-trained models with full fine-tuning
+WARMUP_STEPS = 10  # linear; without it Adam's first steps can ruin the model
+MAX_GRAD_NORM = 1.0
+MICRO_BATCH_TOKENS = 8192  # tokens in one forward and backward pass, padding counted; changes memory, not the update
+GRADIENT_CHECKPOINTING = False  # less memory for activations, a third more time
+ZERO_STAGE = 1  # DeepSpeed: 1 splits optimizer states over the GPUs, 2 gradients too, 3 weights too
+
+# Logging
+EVAL_EVERY = 10  # steps, and at the start and the end; 0 turns it off
+SAVE_EVERY = 30  # steps, and at the end; 0 turns it off
+
+if __name__ == "__main__":
+    override_constants(globals(), sys.argv[1:])
+
+DS_CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "managed_gradient_accumulation": False,  # the number of micro-batches differs from step to step
+    "gradient_clipping": MAX_GRAD_NORM,
+    "zero_optimization": {"stage": ZERO_STAGE, "overlap_comm": False},
+    "bf16": {"enabled": torch.accelerator.is_available()},
+    "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": [0.9, 0.999], "weight_decay": 0.0, "torch_adam": True}},
+}
+
+
+class Policy(torch.nn.Module):
+    """The model as a function from packed rows to log-probs, so that DeepSpeed sees the whole forward pass."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, prompt_lens, completion_lens):
+        return token_logps(self.model, tokens, prompt_lens, completion_lens, TEMPERATURE)
+
+
+# ------------------------------------------------------------------------------------------------- GRPO
+
+@lru_cache(maxsize=2)
+def epoch_order(epoch: int, size: int) -> list[int]:
+    return random.Random(f"{SEED} {epoch}").sample(range(size), size)
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """(r - mean) / (std + 1e-4) in each group (P, G), sample standard deviation; DeepSeekMath, section 4.1.2."""
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    return advantages.masked_fill(equal, 0.0)  # exactly, whatever the rounding of the mean
+
+
+def pack(samples: list[dict], device="cpu") -> list[torch.Tensor]:
+    """Samples as B ragged rows: tokens (N,), prompt_lens (B,), completion_lens (B,)."""
+    tokens = torch.cat([part for sample in samples for part in (sample["prompt"], sample["completion"])])
+    lens = torch.tensor([[len(sample["prompt"]), len(sample["completion"])] for sample in samples]).T
+    return [tensor.to(device) for tensor in (tokens, *lens)]
+
+
+def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
+    """The GRPO loss of a micro-batch (DeepSeekMath, equations 3 and 4), and sums over its C completion tokens to log.
+
+    batch: rows (see `pack`), advantage (B,), weight (B,), ref_logps (C,) if BETA.
+    loss = sum of weight * (BETA * (exp(d) - d - 1) - min(ratio * A, clip(ratio) * A)), d = ref_logps - logps.
+    A token's weight, 1 / (length of its completion * completions in the whole step), is all the normalising there is,
+    so that the losses and gradients of micro-batches and processes add up to those of the step.
+    """
+    logps = policy(*batch["rows"])  # (C,)
+    completion_lens = batch["rows"][2]
+    advantage, weight = (batch[key].repeat_interleave(completion_lens) for key in ("advantage", "weight"))  # (B,) -> (C,)
+    ratio = (logps - logps.detach()).exp()  # one update a batch: the policy is still the one that sampled
+    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
+    log_ratio = batch["ref_logps"] - logps if BETA else torch.zeros_like(logps)
+    kl = torch.expm1(log_ratio) - log_ratio
+    loss = ((BETA * kl - surrogate) * weight).sum()
+    real = weight > 0
+    sums = {"loss": loss, "tokens": real.sum(), "kl": kl[real].sum(), "entropy": -logps[real].sum(),
+            "clip_low_frac": (real & (ratio < 1 - CLIP_LOW) & (advantage < 0)).sum(),
+            "clip_high_frac": (real & (ratio > 1 + CLIP_HIGH) & (advantage > 0)).sum()}
+    return loss, {name: value.item() for name, value in sums.items()}
+
+
+# ------------------------------------------------------------------------------------------------- around the loop
+
+def lengths(samples: list[dict]) -> list[int]:
+    return [len(sample["prompt"]) + len(sample["completion"]) for sample in samples]
+
+
+def columns(rows: list[dict]) -> dict[str, list]:
+    """What reward functions see of the data set."""
+    return {name: [row["columns"][name] for row in rows] for name in (rows[0]["columns"] if rows else ())}
+
+
+def peak_memory_mb() -> float:
+    """The allocator's peak on a GPU, the process's resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@contextmanager
+def timed(seconds: Counter, name: str):
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start
+
+
+def reduce(values: dict[str, float], operation=dist.ReduceOp.SUM) -> dict[str, float]:
+    """The values summed (or else) over all processes."""
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(numbers, operation)
+    return dict(zip(values, numbers.tolist()))
+
+
+def score(rewards: list, rows: list[dict], completions: list, tokenizer) -> tuple[list[str], torch.Tensor]:
+    """The completions as text, EOS cut off, and their values (F, B) from every reward function; None becomes NaN."""
+    texts = [tokenizer.decode(completion.tokens[: -1 if completion.ended else None]) for completion in completions]
+    values = compute_rewards(rewards, texts, prompts=[row["text"] for row in rows],
+                             completion_ids=[completion.tokens.tolist() for completion in completions], **columns(rows))
+    return texts, torch.tensor([[math.nan if v is None else v for v in row] for row in values], dtype=torch.float64)
+
+
+def evaluate(model, tokenizer, rewards: list, rows: list[dict], stop: list[int]) -> dict[str, float]:
+    """Greedy completions of the held-out rows, shared by the processes: accuracy, reward, length, share cut off."""
+    rows = rows[dist.get_rank() :: dist.get_world_size()]
+    completions = sample(model, [row["ids"] for row in rows], 1, max_tokens=MAX_COMPLETION_TOKENS, stop=stop, temperature=0)
+    _, values = score(rewards, rows, completions, tokenizer)
+    sums = reduce({"accuracy": (values[0] > 0).sum(), "reward": values.nansum(), "rows": len(rows),
+                   "tokens_mean": sum(len(completion.tokens) for completion in completions),
+                   "truncated_frac": sum(not completion.ended for completion in completions)})
+    count = sums.pop("rows")
+    return {f"eval_{name}": value / count for name, value in sums.items()}
+
+
+def record(name: str, *rows: dict) -> None:
+    """Appends rows to OUTPUT_DIR/name.jsonl; one process writes."""
+    if dist.get_rank() == 0:
+        os.makedirs(OUTPUT_DIR, exist_ok=True)
+        with open(f"{OUTPUT_DIR}/{name}.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def save(engine, model, tokenizer, step: int) -> None:
+    """OUTPUT_DIR/step_N, complete or not there at all."""
+    state = engine._zero3_consolidated_16bit_state_dict() if ZERO_STAGE == 3 else engine.module.state_dict()
+    if dist.get_rank() == 0:
+        folder = f"{OUTPUT_DIR}/step_{step}"
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        model.save_pretrained(f"{folder}.unfinished", state_dict=state)
+        tokenizer.save_pretrained(f"{folder}.unfinished")
+        os.replace(f"{folder}.unfinished", folder)
+
+
+def start_processes() -> tuple[int, int]:
+    """Rank and number of processes; without the deepspeed launcher this one is alone. SystemExit at bad constants."""
+    if "RANK" not in os.environ:
+        with socket.create_server(("127.0.0.1", 0)) as unused:
+            port = str(unused.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    wrong = {
+        f"PROMPTS_PER_STEP={PROMPTS_PER_STEP} cannot be shared equally by {world} processes": PROMPTS_PER_STEP % world,
+        f"GROUP_SIZE={GROUP_SIZE}: a group needs at least 2 completions to compare": GROUP_SIZE < 2,
+        f"TEMPERATURE={TEMPERATURE}: sampling needs a positive one": TEMPERATURE <= 0,
+        f"LOSS_TYPE={LOSS_TYPE}: the only one is grpo": LOSS_TYPE != "grpo",
+        f"OUTPUT_DIR={OUTPUT_DIR} holds another run: choose another": os.path.exists(f"{OUTPUT_DIR}/metrics.jsonl"),
+    }
+    for sentence in filter(wrong.get, wrong):
+        raise SystemExit(sentence)
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(verbose=False)
+    return rank, world
+
+
+def main():
+    rank, world = start_processes()
+    model, tokenizer = load_model(MODEL)
+    rewards, stop = load_rewards(REWARDS), stop_ids(model, tokenizer)
+    train, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS) for name in (DATASET, EVAL_DATASET))
+    for rows in train, heldout:
+        check_rewards(rewards, columns(rows))
+    servers = REF_SERVER.split(",")
+    for url in servers if BETA and rank == 0 else []:
+        check_server(url, model, MODEL, train[0]["ids"])
+    if GRADIENT_CHECKPOINTING:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = deepspeed.initialize(model=Policy(model), config=DS_CONFIG)[0]
+    device, background = engine.device, ThreadPoolExecutor(8)
+    record("metrics", {"step": 0, **(evaluate(model, tokenizer, rewards, heldout, stop) if EVAL_EVERY else {})})
+
+    progress = tqdm(range(1, STEPS + 1), desc="GRPO", disable=rank > 0)
+    for step in progress:
+        started, seconds, sums = time.perf_counter(), Counter(), Counter()
+
+        # 1. This process' share of the step's prompts. A prompt's number fixes its place in the data and its seed.
+        numbers = range((step - 1) * PROMPTS_PER_STEP, step * PROMPTS_PER_STEP)[rank::world]
+        prompts = [train[epoch_order(n // len(train), len(train))[n % len(train)]] for n in numbers]
+
+        # 2. A group of completions for each prompt.
+        with timed(seconds, "sample"):
+            completions = sample(
+                model, [prompt["ids"] for prompt in prompts], GROUP_SIZE, max_tokens=MAX_COMPLETION_TOKENS, stop=stop,
+                temperature=TEMPERATURE, min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers])
+        rows = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
+        samples = [{"prompt": torch.tensor(row["ids"]), "completion": completion.tokens,
+                    "weight": 1 / (len(completion.tokens) * PROMPTS_PER_STEP * GROUP_SIZE)}
+                   for row, completion in zip(rows, completions)]
+
+        # 3. The reference model's log-probs, in the background.
+        for number, batch in enumerate(micro_batches(lengths(samples), MICRO_BATCH_TOKENS) if BETA else []):
+            url = servers[(rank + number) % len(servers)]
+            answer = background.submit(request_logps, url, *pack([samples[i] for i in batch]), TEMPERATURE)
+            for place, i in enumerate(batch):
+                samples[i]["ref_logps"] = answer, place
+
+        # 4. Rewards, and from them advantages. A group whose advantages are all zero has nothing to teach.
+        with timed(seconds, "reward"):
+            texts, values = score(rewards, rows, completions, tokenizer)  # values (F, B)
+        totals = values.nansum(0).view(-1, GROUP_SIZE)  # (P, G)
+        advantages = group_advantages(totals)
+        for sample_row, advantage in zip(samples, advantages.flatten().tolist()):
+            sample_row["advantage"] = advantage
+        kept = [s for s, has_signal in zip(samples, advantages.any(1).repeat_interleave(GROUP_SIZE)) if has_signal]
+
+        # 5. Gradients, micro-batch by micro-batch. Each backward pass may be a collective operation, so every process
+        # makes as many: those with fewer micro-batches fill up with one of weight zero.
+        batches = [[kept[i] for i in batch] for batch in micro_batches(lengths(kept), MICRO_BATCH_TOKENS)]
+        most = reduce({"batches": len(batches)}, dist.ReduceOp.MAX)["batches"]
+        while len(batches) < max(1, most):
+            batches.append([{**min(samples, key=lambda sample: sum(lengths([sample]))), "weight": 0.0}])
+        for micro_batch in batches:
+            batch = {"rows": pack(micro_batch, device)}
+            for key in "advantage", "weight":
+                batch[key] = torch.tensor([s[key] for s in micro_batch], device=device)
+            if BETA:
+                with timed(seconds, "ref_wait"):
+                    answers = [answer.result()[place] for answer, place in (s["ref_logps"] for s in micro_batch)]
+                batch["ref_logps"] = torch.cat(answers).to(device)
+            with timed(seconds, "train"):
+                loss, batch_sums = GRPO_step(engine, batch)
+                engine.backward(loss * world)  # DeepSpeed takes the mean over the processes, the loss is a sum
+            sums.update(batch_sums)
+
+        # 6. The update, and what there is to say about it.
+        for group in engine.optimizer.param_groups:
+            group["lr"] = LR * min(1, step / max(1, WARMUP_STEPS))
+        with timed(seconds, "train"):
+            engine.step()
+        sizes = torch.tensor([len(completion.tokens) for completion in completions], dtype=torch.float64)
+        means = {"reward": totals.mean(), "reward_std": totals.std(1).mean(), "completion_tokens_mean": sizes.mean(),
+                 "accuracy": (values[0] > 0).double().mean(),
+                 "truncated_frac": sum(not completion.ended for completion in completions) / len(completions),
+                 **{f"reward/{function.__name__}": value.nanmean() for function, value in zip(rewards, values)}}
+        sums.update({name: mean / world for name, mean in means.items()})
+        sums.update(advantage_zero_groups=(~advantages.any(1)).sum(), completion_tokens_total=sizes.sum())
+        metrics = reduce(sums)
+        tokens = max(1, metrics.pop("tokens"))
+        metrics |= {name: metrics[name] / tokens for name in ("kl", "entropy", "clip_low_frac", "clip_high_frac")}
+        metrics |= {"step": step, "lr": group["lr"], "grad_norm": float(engine.get_global_grad_norm() or 0),
+                    "seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb(),
+                    **{f"seconds_{name}": seconds[name] for name in ("sample", "reward", "ref_wait", "train")}}
+        if EVAL_EVERY and (step % EVAL_EVERY == 0 or step == STEPS):
+            metrics |= evaluate(model, tokenizer, rewards, heldout, stop)
+        record("metrics", metrics)
+        record("completions", *({"step": step, "prompt": rows[i]["text"], "completion": texts[i], "reward": totals[0, i].item(),
+                                 "advantage": samples[i]["advantage"]} for i in range(GROUP_SIZE)))
+        progress.set_postfix({name: f"{metrics[name]:.3g}" for name in ("reward", "accuracy", "completion_tokens_mean", "kl")})
+        if SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
+            save(engine, model, tokenizer, step)
+    if rank == 0:
+        plot.report(OUTPUT_DIR)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConnectionError as error:
+        raise SystemExit(str(error))
