@@ -14,7 +14,6 @@ import math
 import os
 import random
 import resource
-import socket
 import sys
 import time
 from collections import Counter
@@ -28,9 +27,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import plot
-from ref_server import check_server, micro_batches, override_constants, request_logps, token_logps
+from ref_server import check_server, micro_batches, request_logps, token_logps
 from rewards import check_rewards, compute_rewards, load_rewards, reward_correct, reward_format
-from sampler import load_model, load_prompts, sample, stop_ids
+from sampler import load_model, load_prompts, override_constants, sample, stop_ids
 
 # Model and data
 MODEL = "examples/arithmetic/model"  # local folder or hub name
@@ -78,7 +77,7 @@ DS_CONFIG = {
     "gradient_clipping": MAX_GRAD_NORM,
     "zero_optimization": {"stage": ZERO_STAGE, "overlap_comm": False},
     "bf16": {"enabled": torch.accelerator.is_available()},
-    "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": [0.9, 0.999], "weight_decay": 0.0, "torch_adam": True}},
+    "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": (0.9, 0.999), "weight_decay": 0, "torch_adam": True}},
 }
 
 
@@ -89,8 +88,8 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens, prompt_lens, completion_lens):
-        return token_logps(self.model, tokens, prompt_lens, completion_lens, TEMPERATURE)
+    def forward(self, *rows):
+        return token_logps(self.model, *rows, TEMPERATURE)
 
 
 # ------------------------------------------------------------------------------------------------- GRPO
@@ -124,7 +123,7 @@ def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
     """
     logps = policy(*batch["rows"])  # (C,)
     completion_lens = batch["rows"][2]
-    advantage, weight = (batch[key].repeat_interleave(completion_lens) for key in ("advantage", "weight"))  # (B,) -> (C,)
+    advantage, weight = (batch[key].repeat_interleave(completion_lens) for key in ("advantage", "weight"))  # (C,)
     ratio = (logps - logps.detach()).exp()  # one update a batch: the policy is still the one that sampled
     surrogate = torch.min(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
     log_ratio = batch["ref_logps"] - logps if BETA else torch.zeros_like(logps)
@@ -139,13 +138,9 @@ def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
 
 # ------------------------------------------------------------------------------------------------- around the loop
 
-def lengths(samples: list[dict]) -> list[int]:
-    return [len(sample["prompt"]) + len(sample["completion"]) for sample in samples]
-
-
 def columns(rows: list[dict]) -> dict[str, list]:
-    """What reward functions see of the data set."""
-    return {name: [row["columns"][name] for row in rows] for name in (rows[0]["columns"] if rows else ())}
+    """What the reward functions see of the data set."""
+    return {name: [row["columns"][name] for row in rows] for name in (rows[0]["columns"] if rows else [])}
 
 
 def peak_memory_mb() -> float:
@@ -170,32 +165,35 @@ def reduce(values: dict[str, float], operation=dist.ReduceOp.SUM) -> dict[str, f
     return dict(zip(values, numbers.tolist()))
 
 
-def score(rewards: list, rows: list[dict], completions: list, tokenizer) -> tuple[list[str], torch.Tensor]:
-    """The completions as text, EOS cut off, and their values (F, B) from every reward function; None becomes NaN."""
+def score(rewards: list, rows: list[dict], completions: list, tokenizer):
+    """The completions as text, EOS cut off; every reward function's values (F, B), None as NaN; their sums to log."""
     texts = [tokenizer.decode(completion.tokens[: -1 if completion.ended else None]) for completion in completions]
-    values = compute_rewards(rewards, texts, prompts=[row["text"] for row in rows],
-                             completion_ids=[completion.tokens.tolist() for completion in completions], **columns(rows))
-    return texts, torch.tensor([[math.nan if v is None else v for v in row] for row in values], dtype=torch.float64)
+    ids = [completion.tokens.tolist() for completion in completions]
+    values = compute_rewards(
+        rewards, texts, prompts=[row["text"] for row in rows], completion_ids=ids, **columns(rows))
+    values = torch.tensor([[math.nan if v is None else v for v in row] for row in values], dtype=torch.float64)
+    sums = {f"reward/{function.__name__}": value.nansum() for function, value in zip(rewards, values)}
+    sums |= {"reward": values.nansum(), "accuracy": (values[0] > 0).sum(), "tokens_mean": sum(map(len, ids)),
+             "truncated_frac": sum(not completion.ended for completion in completions)}
+    return texts, values, sums
 
 
 def evaluate(model, tokenizer, rewards: list, rows: list[dict], stop: list[int]) -> dict[str, float]:
-    """Greedy completions of the held-out rows, shared by the processes: accuracy, reward, length, share cut off."""
-    rows = rows[dist.get_rank() :: dist.get_world_size()]
-    completions = sample(model, [row["ids"] for row in rows], 1, max_tokens=MAX_COMPLETION_TOKENS, stop=stop, temperature=0)
-    _, values = score(rewards, rows, completions, tokenizer)
-    sums = reduce({"accuracy": (values[0] > 0).sum(), "reward": values.nansum(), "rows": len(rows),
-                   "tokens_mean": sum(len(completion.tokens) for completion in completions),
-                   "truncated_frac": sum(not completion.ended for completion in completions)})
-    count = sums.pop("rows")
-    return {f"eval_{name}": value / count for name, value in sums.items()}
+    """Greedy completions of the held-out rows, shared by the processes: accuracy, rewards, length, share cut off."""
+    mine = rows[dist.get_rank() :: dist.get_world_size()]
+    completions = sample(model, [row["ids"] for row in mine], 1, max_tokens=MAX_COMPLETION_TOKENS, stop=stop,
+                         temperature=0)
+    _, _, sums = score(rewards, mine, completions, tokenizer)
+    return {f"eval_{name}": value / len(rows) for name, value in reduce(sums).items()}
 
 
 def record(name: str, *rows: dict) -> None:
-    """Appends rows to OUTPUT_DIR/name.jsonl; one process writes."""
+    """Appends rows to OUTPUT_DIR/name.jsonl, NaN as null; one process writes."""
     if dist.get_rank() == 0:
         os.makedirs(OUTPUT_DIR, exist_ok=True)
         with open(f"{OUTPUT_DIR}/{name}.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            for row in rows:
+                file.write(json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n")
 
 
 def save(engine, model, tokenizer, step: int) -> None:
@@ -212,9 +210,7 @@ def save(engine, model, tokenizer, step: int) -> None:
 def start_processes() -> tuple[int, int]:
     """Rank and number of processes; without the deepspeed launcher this one is alone. SystemExit at bad constants."""
     if "RANK" not in os.environ:
-        with socket.create_server(("127.0.0.1", 0)) as unused:
-            port = str(unused.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     wrong = {
         f"PROMPTS_PER_STEP={PROMPTS_PER_STEP} cannot be shared equally by {world} processes": PROMPTS_PER_STEP % world,
@@ -235,8 +231,9 @@ def main():
     rank, world = start_processes()
     model, tokenizer = load_model(MODEL)
     rewards, stop = load_rewards(REWARDS), stop_ids(model, tokenizer)
-    train, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS) for name in (DATASET, EVAL_DATASET))
-    for rows in train, heldout:
+    train, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS) if name else []
+                      for name in (DATASET, EVAL_DATASET if EVAL_EVERY else ""))
+    for rows in filter(None, (train, heldout)):
         check_rewards(rewards, columns(rows))
     servers = REF_SERVER.split(",")
     for url in servers if BETA and rank == 0 else []:
@@ -262,31 +259,32 @@ def main():
                 temperature=TEMPERATURE, min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers])
         rows = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
         samples = [{"prompt": torch.tensor(row["ids"]), "completion": completion.tokens,
+                    "length": len(row["ids"]) + len(completion.tokens),
                     "weight": 1 / (len(completion.tokens) * PROMPTS_PER_STEP * GROUP_SIZE)}
                    for row, completion in zip(rows, completions)]
 
         # 3. The reference model's log-probs, in the background.
-        for number, batch in enumerate(micro_batches(lengths(samples), MICRO_BATCH_TOKENS) if BETA else []):
+        for number, batch in enumerate(micro_batches(samples, MICRO_BATCH_TOKENS) if BETA else []):
             url = servers[(rank + number) % len(servers)]
-            answer = background.submit(request_logps, url, *pack([samples[i] for i in batch]), TEMPERATURE)
-            for place, i in enumerate(batch):
-                samples[i]["ref_logps"] = answer, place
+            answer = background.submit(request_logps, url, *pack(batch), TEMPERATURE)
+            for place, sample_ in enumerate(batch):
+                sample_["ref_logps"] = answer, place
 
         # 4. Rewards, and from them advantages. A group whose advantages are all zero has nothing to teach.
         with timed(seconds, "reward"):
-            texts, values = score(rewards, rows, completions, tokenizer)  # values (F, B)
+            texts, values, reward_sums = score(rewards, rows, completions, tokenizer)  # values (F, B)
         totals = values.nansum(0).view(-1, GROUP_SIZE)  # (P, G)
         advantages = group_advantages(totals)
-        for sample_row, advantage in zip(samples, advantages.flatten().tolist()):
-            sample_row["advantage"] = advantage
+        for sample_, advantage in zip(samples, advantages.flatten().tolist()):
+            sample_["advantage"] = advantage
         kept = [s for s, has_signal in zip(samples, advantages.any(1).repeat_interleave(GROUP_SIZE)) if has_signal]
 
         # 5. Gradients, micro-batch by micro-batch. Each backward pass may be a collective operation, so every process
         # makes as many: those with fewer micro-batches fill up with one of weight zero.
-        batches = [[kept[i] for i in batch] for batch in micro_batches(lengths(kept), MICRO_BATCH_TOKENS)]
+        batches = micro_batches(kept, MICRO_BATCH_TOKENS)
         most = reduce({"batches": len(batches)}, dist.ReduceOp.MAX)["batches"]
         while len(batches) < max(1, most):
-            batches.append([{**min(samples, key=lambda sample: sum(lengths([sample]))), "weight": 0.0}])
+            batches.append([{**min(samples, key=lambda s: s["length"]), "weight": 0.0}])
         for micro_batch in batches:
             batch = {"rows": pack(micro_batch, device)}
             for key in "advantage", "weight":
@@ -305,25 +303,25 @@ def main():
             group["lr"] = LR * min(1, step / max(1, WARMUP_STEPS))
         with timed(seconds, "train"):
             engine.step()
-        sizes = torch.tensor([len(completion.tokens) for completion in completions], dtype=torch.float64)
-        means = {"reward": totals.mean(), "reward_std": totals.std(1).mean(), "completion_tokens_mean": sizes.mean(),
-                 "accuracy": (values[0] > 0).double().mean(),
-                 "truncated_frac": sum(not completion.ended for completion in completions) / len(completions),
-                 **{f"reward/{function.__name__}": value.nanmean() for function, value in zip(rewards, values)}}
-        sums.update({name: mean / world for name, mean in means.items()})
-        sums.update(advantage_zero_groups=(~advantages.any(1)).sum(), completion_tokens_total=sizes.sum())
-        metrics = reduce(sums)
-        tokens = max(1, metrics.pop("tokens"))
-        metrics |= {name: metrics[name] / tokens for name in ("kl", "entropy", "clip_low_frac", "clip_high_frac")}
-        metrics |= {"step": step, "lr": group["lr"], "grad_norm": float(engine.get_global_grad_norm() or 0),
-                    "seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb(),
+        sums.update(reward_sums, reward_std=totals.std(1).sum() * GROUP_SIZE, zero_groups=(~advantages.any(1)).sum())
+        sums = reduce(sums)
+        metrics = {"step": step, "loss": sums.pop("loss"), "advantage_zero_groups": sums.pop("zero_groups"),
+                   "completion_tokens_total": sums["tokens_mean"], "lr": group["lr"]}
+        tokens = max(1, sums.pop("tokens"))
+        metrics |= {name: sums.pop(name) / tokens for name in ("kl", "entropy", "clip_low_frac", "clip_high_frac")}
+        metrics |= {name: value / (PROMPTS_PER_STEP * GROUP_SIZE) for name, value in sums.items()}
+        metrics |= {"completion_tokens_mean": metrics.pop("tokens_mean"), "peak_memory_mb": peak_memory_mb(),
+                    "grad_norm": float(engine.get_global_grad_norm() or 0), "seconds": time.perf_counter() - started,
                     **{f"seconds_{name}": seconds[name] for name in ("sample", "reward", "ref_wait", "train")}}
         if EVAL_EVERY and (step % EVAL_EVERY == 0 or step == STEPS):
             metrics |= evaluate(model, tokenizer, rewards, heldout, stop)
         record("metrics", metrics)
-        record("completions", *({"step": step, "prompt": rows[i]["text"], "completion": texts[i], "reward": totals[0, i].item(),
-                                 "advantage": samples[i]["advantage"]} for i in range(GROUP_SIZE)))
-        progress.set_postfix({name: f"{metrics[name]:.3g}" for name in ("reward", "accuracy", "completion_tokens_mean", "kl")})
+        record("completions", *(
+            {"step": step, "prompt": row["text"], "completion": text, "advantage": sample_["advantage"],
+             **{function.__name__: value for function, value in zip(rewards, column.tolist())}}
+            for row, text, sample_, column in zip(rows[:GROUP_SIZE], texts, samples, values.T)))
+        progress.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{metrics['accuracy']:.0%}",
+                             tokens=f"{metrics['completion_tokens_mean']:.0f}", kl=f"{metrics['kl']:.4f}")
         if SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
             save(engine, model, tokenizer, step)
     if rank == 0:
@@ -331,7 +329,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ConnectionError as error:
-        raise SystemExit(str(error))
+    main()

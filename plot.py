@@ -16,9 +16,14 @@ PANELS = {
     "KL to the reference (nats per token)": ["kl"],
 }
 TABLE = {
-    "eval_accuracy": "held-out accuracy, greedy", "eval_reward": "held-out reward, greedy",
-    "eval_tokens_mean": "held-out length, tokens", "accuracy": "training accuracy, sampled", "reward": "training reward",
-    "completion_tokens_mean": "training length, tokens", "kl": "KL to the reference", "entropy": "entropy, nats per token",
+    "eval_accuracy": "held-out accuracy, greedy",
+    "eval_reward": "held-out reward, greedy",
+    "eval_tokens_mean": "held-out length, tokens",
+    "accuracy": "training accuracy, sampled",
+    "reward": "training reward",
+    "completion_tokens_mean": "training length, tokens",
+    "kl": "KL to the reference",
+    "entropy": "entropy, nats per token",
 }
 
 

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch.utils.checkpoint import checkpoint
 
-from sampler import load_model
+from sampler import load_model, override_constants
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name: the model that the policy starts from
 HOST = "127.0.0.1"  # any other address needs REF_TOKEN in the environment, here and at the trainer
@@ -37,23 +37,6 @@ PORT = 59875
 BATCH_TOKENS = 16384  # tokens of one forward pass, padding counted; halved by itself when the GPU is too small
 MAX_BODY_MB = 64  # largest request; a larger one is refused before it is read
 LOGITS_PER_TILE = 2**24  # logits that are alive at a time while log-probs are made: 64 MB in float32
-
-
-def override_constants(constants: dict, arguments: list[str]) -> None:
-    """Set upper-case `constants` (a script's globals()) from NAME=value arguments, of the same type as the default."""
-    valid = {name: value for name, value in constants.items() if name.isupper()}
-    for argument in arguments:
-        name, _, text = argument.partition("=")
-        if name == "--local_rank":  # the deepspeed launcher's own; the environment says the same
-            continue
-        if name not in valid:
-            raise SystemExit(f"unknown constant {argument!r}: write NAME=value with one of {', '.join(valid)}")
-        kind = type(valid[name])
-        read = {bool: {"True": True, "False": False}.__getitem__, list: lambda names: names.split(",")}.get(kind, kind)
-        try:
-            constants[name] = read(text)
-        except (ValueError, KeyError):
-            raise SystemExit(f"{name}={text}: expected {kind.__name__}, as in {name}={valid[name]}") from None
 
 
 # ------------------------------------------------------------------------------------------------- the model
@@ -90,27 +73,31 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
                       for tile in zip(hidden.split(size), targets.split(size))])
 
 
-def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices of rows grouped by length, longest first: rows x longest <= budget, but a longer row stands alone."""
+def micro_batches(rows: list, budget: int) -> list[list]:
+    """Rows, each a dict with its `length`, in batches of similar length, longest first.
+
+    Rows x longest length is at most `budget`, but a longer row makes a batch by itself.
+    """
     batches = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > budget:
+    for row in sorted(rows, key=lambda row: -row["length"]):
+        if not batches or batches[-1][0]["length"] * (len(batches[-1]) + 1) > budget:
             batches.append([])
-        batches[-1].append(index)
+        batches[-1].append(row)
     return batches
 
 
 @torch.no_grad()
 def batched_logps(model, tokens, prompt_lens, completion_lens, temperature, budget):
     """`token_logps` of any number of rows, `budget` tokens at a time, half of it when memory is short; on the CPU."""
-    lens = (prompt_lens + completion_lens).tolist()
-    rows, logps = tokens.split(lens), [None] * len(lens)
+    lens, logps = (prompt_lens + completion_lens).tolist(), [None] * len(prompt_lens)
+    rows = [{"index": i, "length": len(row), "tokens": row} for i, row in enumerate(tokens.split(lens))]
     try:
-        for batch in micro_batches(lens, budget):
-            inputs = torch.cat([rows[i] for i in batch]), prompt_lens[batch], completion_lens[batch]
+        for batch in micro_batches(rows, budget):
+            index = [row["index"] for row in batch]
+            inputs = torch.cat([row["tokens"] for row in batch]), prompt_lens[index], completion_lens[index]
             answer = token_logps(model, *(tensor.to(model.device) for tensor in inputs), temperature).cpu()
-            for index, row_logps in zip(batch, answer.split(completion_lens[batch].tolist())):
-                logps[index] = row_logps
+            for i, row_logps in zip(index, answer.split(completion_lens[index].tolist())):
+                logps[i] = row_logps
         return torch.cat(logps)
     except torch.OutOfMemoryError:
         if budget <= max(lens):
@@ -137,14 +124,13 @@ def read_rows(body: bytes, vocab_size: int, max_length: int) -> list[torch.Tenso
         right = tensor.dtype == torch.int32 and tensor.dim() == 1 and len(tensor)
         expect(right, f"{name} is {tensor.dtype} {[*tensor.shape]}, expected int32 [n] with n > 0")
     tokens, prompt_lens, completion_lens = rows = [tensors[name].long() for name in names]
-    counts = len(prompt_lens), len(completion_lens)
-    expect(counts[0] == counts[1], "there are %d prompt_lens and %d completion_lens" % counts)
+    expect(len(prompt_lens) == len(completion_lens), "there are not as many prompt_lens as completion_lens")
     expect(min(prompt_lens.min(), completion_lens.min()) > 0, "a prompt or a completion has no token")
     lens = prompt_lens + completion_lens
     expect(lens.max() <= max_length, f"a row has {lens.max()} tokens, the model takes at most {max_length}")
     expect(lens.sum() == len(tokens), f"the lengths add up to {lens.sum()}, but there are {len(tokens)} tokens")
-    low, high = tokens.min(), tokens.max()
-    expect(0 <= low and high < vocab_size, f"token ids from {low} to {high}, expected 0 to {vocab_size - 1}")
+    known = 0 <= tokens.min() and tokens.max() < vocab_size
+    expect(known, f"token ids from {tokens.min()} to {tokens.max()}, expected 0 to {vocab_size - 1}")
     return rows
 
 
@@ -209,21 +195,22 @@ def main():
 # ------------------------------------------------------------------------------------------------- the client
 
 def ask(method: str, url: str, patience: float, **options) -> requests.Response:
-    """One HTTP exchange, tried again for `patience` seconds while nobody answers; errors are one sentence."""
+    """One HTTP exchange, tried again for `patience` seconds while nobody answers; SystemExit says what went wrong."""
     headers = {"Authorization": f"Bearer {os.environ.get('REF_TOKEN', '')}"}
     deadline = time.monotonic() + patience
     while True:
         try:
-            response = requests.request(method, url, headers=headers, timeout=(5, max(1, deadline - time.monotonic())), **options)
-            break
+            response = requests.request(
+                method, url, headers=headers, timeout=(5, max(1, deadline - time.monotonic())), **options)
         except requests.RequestException as error:
             if time.monotonic() > deadline:
-                raise ConnectionError(f"no reference server at {url.rsplit('/', 1)[0]} in {patience:.0f} s "
-                                      f"(start it: python ref_server.py MODEL=...): {error}") from None
+                raise SystemExit(f"no answer from a reference server at {url} in {patience:.0f} s (start it: "
+                                 f"python ref_server.py MODEL=...): {error}") from None
             time.sleep(0.5)
-    if response.status_code != 200:
-        raise ConnectionError(f"{url} answered {response.status_code}: {response.text.strip()}")
-    return response
+        else:
+            if response.status_code != 200:
+                raise SystemExit(f"{url} answered {response.status_code}: {response.text.strip()}")
+            return response
 
 
 def request_logps(url, tokens, prompt_lens, completion_lens, temperature, patience=300.0) -> tuple[torch.Tensor, ...]:
@@ -236,16 +223,16 @@ def request_logps(url, tokens, prompt_lens, completion_lens, temperature, patien
 
 @torch.no_grad()
 def check_server(url: str, model, name: str, ids: list[int]) -> None:
-    """ConnectionError if the server at `url` is absent, or its log-probs of `ids` are not those of `model`, itself `name`."""
+    """SystemExit if no server is at `url`, or if its log-probs of `ids` are not those of `model`, known as `name`."""
     health = ask("GET", f"{url}/health", patience=25).json()
-    tokens = torch.tensor(ids, device=model.device)
-    ours = model(tokens[None]).logits[0, :-1].float().log_softmax(-1).gather(1, tokens[1:, None])[:, 0].cpu()
+    tokens, difference = torch.tensor(ids, device=model.device), float("inf")
     if health["vocab_size"] == model.config.get_text_config().vocab_size:
         theirs = request_logps(url, tokens, torch.tensor([1]), torch.tensor([len(ids) - 1]), 1.0)[0]
-        if (ours - theirs).abs().mean() < 0.1:  # bfloat16 rounds by less, another model differs by more
-            return
-    raise ConnectionError(f"the reference server at {url} holds {health['model']}, which is not the policy's model: "
-                          f"start it with python ref_server.py MODEL={name}")
+        ours = model(tokens[None]).logits[0, :-1].float().log_softmax(-1).gather(1, tokens[1:, None])[:, 0].cpu()
+        difference = (ours - theirs).abs().mean()
+    if not difference < 0.1:  # bfloat16 rounds by less, another model differs by more
+        raise SystemExit(f"the reference server at {url} holds {health['model']}, which is not the policy's model: "
+                         f"start it with python ref_server.py MODEL={name}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Rewards: functions that turn completions into numbers, and what they share.
 
-A reward function is `f(completions, **columns) -> list[float | None]`. Completions are strings; the columns are the data
-set's (`answer`, ...) plus `prompts` and `completion_ids`, all lists of the same length. This is TRL's convention: a
-function written for one runs in the other. `None` means that the function does not apply to that completion.
+A reward function is `f(completions, **columns) -> list[float | None]`. Completions are strings; the columns are the
+data set's (`answer`, ...) plus `prompts` and `completion_ids`, all lists of the same length. This is TRL's convention:
+a function written for one runs in the other. `None` means that the function does not apply to that completion.
 
 A function may carry `f.check(**columns)`, called once with the whole data set before training starts; it raises
 ValueError at a row that could never be judged.
@@ -197,7 +197,7 @@ def load_rewards(rewards: list) -> list:
 
 
 def check_rewards(functions: list, columns: dict[str, list]) -> None:
-    """SystemExit if a function cannot be called with these columns, or finds a row in them that it could never judge."""
+    """SystemExit if a function cannot be called with these columns, or finds a row that it could never judge."""
     for function in functions:
         try:
             inspect.signature(function).bind(completions=[], prompts=[], completion_ids=[], **columns)
@@ -207,14 +207,15 @@ def check_rewards(functions: list, columns: dict[str, list]) -> None:
 
 
 def compute_rewards(functions: list, completions: list[str], **columns) -> list[list[float | None]]:
-    """Every function's values, one list a function. ValueError names the function and the completion that it fails at."""
+    """Every function's values, a list a function. ValueError names the function and the completion that it fails at."""
     values = []
     for function in functions:
         name = function.__name__
         try:
             result = function(completions=completions, **columns)
         except Exception as error:
-            raise ValueError(f"reward {name} raised {error!r} at {culprit(function, completions, columns)!r}") from error
+            completion = culprit(function, completions, columns)
+            raise ValueError(f"reward {name} raised {error!r} at the completion {completion!r}") from error
         if len(result) != len(completions):
             raise ValueError(f"reward {name} returned {len(result)} values for {len(completions)} completions")
         for value, completion in zip(result, completions):

@@ -1,4 +1,4 @@
-"""From a data set to prompts, from prompts to completions.
+"""From a data set to prompts, from prompts to completions; and what both scripts start with, constants and model.
 
     rows = load_prompts("train.jsonl", tokenizer, system_prompt, max_prompt_tokens)
     completions = sample(model, [row["ids"] for row in rows], group_size, ...)
@@ -18,6 +18,23 @@ MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the oth
 
 
 # ------------------------------------------------------------------------------------------------- model and prompts
+
+def override_constants(constants: dict, arguments: list[str]) -> None:
+    """Set upper-case `constants` (a script's globals()) from NAME=value arguments, of the same type as the default."""
+    valid = {name: value for name, value in constants.items() if name.isupper()}
+    for argument in arguments:
+        name, _, text = argument.partition("=")
+        if name == "--local_rank":  # the deepspeed launcher's own; the environment says the same
+            continue
+        if name not in valid:
+            raise SystemExit(f"unknown constant {argument!r}: write NAME=value with one of {', '.join(valid)}")
+        kind = type(valid[name])
+        read = {bool: {"True": True, "False": False}.__getitem__, list: lambda names: names.split(",")}.get(kind, kind)
+        try:
+            constants[name] = read(text)
+        except (ValueError, KeyError):
+            raise SystemExit(f"{name}={text}: expected {kind.__name__}, as in {name}={valid[name]}") from None
+
 
 def load_model(path: str):
     """The causal LM at `path` (folder or hub name) and its tokenizer: bfloat16 on an accelerator, float32 on a CPU."""
@@ -41,8 +58,8 @@ def stop_ids(model, tokenizer) -> list[int]:
 def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int) -> list[dict]:
     """The rows of a .jsonl file or a hub data set (`name[:config[:split]]`) as `text`, `ids` and the other `columns`.
 
-    A row has `question`, put behind the system prompt in the chat template, or `prompt`: a string that is used as it is,
-    or chat messages. Prompts over `max_tokens` are left out and counted. SystemExit says what is wrong with the data.
+    A row has `question`, put behind the system prompt in the chat template, or `prompt`: a string, used as it is, or
+    chat messages. Prompts over `max_tokens` are left out and counted. SystemExit says what is wrong with the data.
     """
     try:
         rows = read_jsonl(name) if name.endswith(".jsonl") else read_hub(*name.split(":", 2))
@@ -147,8 +164,8 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
         end = longest + t + 1
         logits = model(input_ids=token[:, None], attention_mask=mask[:, :end], position_ids=position[:, end - 1 : end],
                        past_key_values=cache).logits[:, -1]
-    tokens, logps = tokens.cpu(), logps.cpu()
-    return [Completion(tokens[i, :n], logps[i, :n], end) for i, (n, end) in enumerate(zip(lengths.tolist(), ended.tolist()))]
+    tokens, logps, lengths = tokens.cpu(), logps.cpu(), lengths.tolist()
+    return [Completion(tokens[i, :n], logps[i, :n], end) for i, (n, end) in enumerate(zip(lengths, ended.tolist()))]
 
 
 def draw(logits, uniform):

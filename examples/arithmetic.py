@@ -2,9 +2,10 @@
 
     python examples/arithmetic.py                  # writes examples/arithmetic/: model/, train.jsonl, heldout.jsonl
 
-A question chains additions and subtractions of single digits; the solution writes one step a line between
-`<think>` and `</think>`, then the result between `<answer>` and `</answer>`. A short supervised run teaches the form and
-part of the arithmetic, so that GRPO has something left to teach. The same SEED gives the same files.
+A question chains additions and subtractions whose results stay within one digit; the solution writes one step a line
+between `<think>` and `</think>`, then the result between `<answer>` and `</answer>`. A short supervised run on a sloppy
+student's solutions teaches the form and the arithmetic, and the bad habit of giving up at a subtraction. GRPO has to
+find out that going on pays: completions become longer, and right. The same SEED gives the same files.
 """
 import json
 import os
@@ -21,7 +22,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ref_server import override_constants, token_logps  # noqa: E402
+from ref_server import token_logps  # noqa: E402
+from sampler import override_constants  # noqa: E402
 
 OUTPUT_DIR = "examples/arithmetic"
 SEED = 0
@@ -42,7 +44,7 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</t
 
 
 def make_problem(rng: random.Random) -> dict:
-    """A question, its answer, and what a sloppy student writes: a subtraction is where it gives up, SLIPS of the time."""
+    """A question, its answer, and the solution of a sloppy student, who may give up at any but the first step."""
     total = written = rng.randint(1, 9)
     question, steps, gave_up = str(total), [], False
     for _ in range(TERMS):
