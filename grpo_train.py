@@ -9,8 +9,6 @@ One step samples a group of completions for each prompt, rewards them, turns eac
 takes one AdamW step on the clipped objective with a KL penalty towards the reference model. It is on-policy: a batch is
 used for one update. There is no value model and no replay. Read `main()` first; `GRPO_step` is the loss.
 """
-import json
-import math
 import os
 import random
 import resource
@@ -26,7 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import plot
+import report
 from ref_server import check_server, micro_batches, request_logps, token_logps
 from rewards import check_rewards, compute_rewards, load_rewards, reward_correct, reward_format
 from sampler import load_model, load_prompts, override_constants, sample, stop_ids
@@ -62,7 +60,7 @@ WARMUP_STEPS = 10  # linear; without it Adam's first steps can ruin the model
 MAX_GRAD_NORM = 1.0
 MICRO_BATCH_TOKENS = 8192  # tokens in one forward and backward pass, padding counted; changes memory, not the update
 GRADIENT_CHECKPOINTING = False  # less memory for activations, a third more time
-ZERO_STAGE = 1  # DeepSpeed: 1 splits optimizer states over the GPUs, 2 gradients too, 3 weights too
+ZERO_STAGE = 1  # DeepSpeed: 0 splits nothing over the GPUs, 1 optimizer states, 2 gradients too
 
 # Logging
 EVAL_EVERY = 10  # steps, and at the start and the end; 0 turns it off
@@ -145,9 +143,8 @@ def columns(rows: list[dict]) -> dict[str, list]:
 
 def peak_memory_mb() -> float:
     """The allocator's peak on a GPU, the process's resident memory on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident
 
 
 @contextmanager
@@ -169,9 +166,9 @@ def score(rewards: list, rows: list[dict], completions: list, tokenizer):
     """The completions as text, EOS cut off; every reward function's values (F, B), None as NaN; their sums to log."""
     texts = [tokenizer.decode(completion.tokens[: -1 if completion.ended else None]) for completion in completions]
     ids = [completion.tokens.tolist() for completion in completions]
-    values = compute_rewards(
-        rewards, texts, prompts=[row["text"] for row in rows], completion_ids=ids, **columns(rows))
-    values = torch.tensor([[math.nan if v is None else v for v in row] for row in values], dtype=torch.float64)
+    prompts = [row["text"] for row in rows]
+    values = compute_rewards(rewards, texts, prompts=prompts, completion_ids=ids, **columns(rows))
+    values = torch.tensor([[float("nan") if v is None else v for v in row] for row in values], dtype=torch.float64)
     sums = {f"reward/{function.__name__}": value.nansum() for function, value in zip(rewards, values)}
     sums |= {"reward": values.nansum(), "accuracy": (values[0] > 0).sum(), "tokens_mean": sum(map(len, ids)),
              "truncated_frac": sum(not completion.ended for completion in completions)}
@@ -181,30 +178,18 @@ def score(rewards: list, rows: list[dict], completions: list, tokenizer):
 def evaluate(model, tokenizer, rewards: list, rows: list[dict], stop: list[int]) -> dict[str, float]:
     """Greedy completions of the held-out rows, shared by the processes: accuracy, rewards, length, share cut off."""
     mine = rows[dist.get_rank() :: dist.get_world_size()]
-    completions = sample(model, [row["ids"] for row in mine], 1, max_tokens=MAX_COMPLETION_TOKENS, stop=stop,
-                         temperature=0)
+    ids = [row["ids"] for row in mine]
+    completions = sample(model, ids, 1, max_tokens=MAX_COMPLETION_TOKENS, stop=stop, temperature=0)
     _, _, sums = score(rewards, mine, completions, tokenizer)
     return {f"eval_{name}": value / len(rows) for name, value in reduce(sums).items()}
 
 
-def record(name: str, *rows: dict) -> None:
-    """Appends rows to OUTPUT_DIR/name.jsonl, NaN as null; one process writes."""
-    if dist.get_rank() == 0:
-        os.makedirs(OUTPUT_DIR, exist_ok=True)
-        with open(f"{OUTPUT_DIR}/{name}.jsonl", "a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n")
-
-
-def save(engine, model, tokenizer, step: int) -> None:
+def save(model, tokenizer, step: int) -> None:
     """OUTPUT_DIR/step_N, complete or not there at all."""
-    state = engine._zero3_consolidated_16bit_state_dict() if ZERO_STAGE == 3 else engine.module.state_dict()
-    if dist.get_rank() == 0:
-        folder = f"{OUTPUT_DIR}/step_{step}"
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        model.save_pretrained(f"{folder}.unfinished", state_dict=state)
-        tokenizer.save_pretrained(f"{folder}.unfinished")
-        os.replace(f"{folder}.unfinished", folder)
+    folder = f"{OUTPUT_DIR}/step_{step}"
+    for part in model, tokenizer:
+        part.save_pretrained(f"{folder}.unfinished")
+    os.replace(f"{folder}.unfinished", folder)
 
 
 def start_processes() -> tuple[int, int]:
@@ -217,6 +202,7 @@ def start_processes() -> tuple[int, int]:
         f"GROUP_SIZE={GROUP_SIZE}: a group needs at least 2 completions to compare": GROUP_SIZE < 2,
         f"TEMPERATURE={TEMPERATURE}: sampling needs a positive one": TEMPERATURE <= 0,
         f"LOSS_TYPE={LOSS_TYPE}: the only one is grpo": LOSS_TYPE != "grpo",
+        f"ZERO_STAGE={ZERO_STAGE}: expected 0, 1 or 2, because sampling needs whole weights": ZERO_STAGE not in (0, 1, 2),
         f"OUTPUT_DIR={OUTPUT_DIR} holds another run: choose another": os.path.exists(f"{OUTPUT_DIR}/metrics.jsonl"),
     }
     for sentence in filter(wrong.get, wrong):
@@ -242,7 +228,9 @@ def main():
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = deepspeed.initialize(model=Policy(model), config=DS_CONFIG)[0]
     device, background = engine.device, ThreadPoolExecutor(8)
-    record("metrics", {"step": 0, **(evaluate(model, tokenizer, rewards, heldout, stop) if EVAL_EVERY else {})})
+    metrics = {"step": 0} | (evaluate(model, tokenizer, rewards, heldout, stop) if EVAL_EVERY else {})
+    if rank == 0:
+        report.write(OUTPUT_DIR, "metrics", [metrics])
 
     progress = tqdm(range(1, STEPS + 1), desc="GRPO", disable=rank > 0)
     for step in progress:
@@ -286,9 +274,8 @@ def main():
         while len(batches) < max(1, most):
             batches.append([{**min(samples, key=lambda s: s["length"]), "weight": 0.0}])
         for micro_batch in batches:
-            batch = {"rows": pack(micro_batch, device)}
-            for key in "advantage", "weight":
-                batch[key] = torch.tensor([s[key] for s in micro_batch], device=device)
+            batch = {key: torch.tensor([s[key] for s in micro_batch], device=device) for key in ("advantage", "weight")}
+            batch["rows"] = pack(micro_batch, device)
             if BETA:
                 with timed(seconds, "ref_wait"):
                     answers = [answer.result()[place] for answer, place in (s["ref_logps"] for s in micro_batch)]
@@ -305,9 +292,9 @@ def main():
             engine.step()
         sums.update(reward_sums, reward_std=totals.std(1).sum() * GROUP_SIZE, zero_groups=(~advantages.any(1)).sum())
         sums = reduce(sums)
-        metrics = {"step": step, "loss": sums.pop("loss"), "advantage_zero_groups": sums.pop("zero_groups"),
-                   "completion_tokens_total": sums["tokens_mean"], "lr": group["lr"]}
         tokens = max(1, sums.pop("tokens"))
+        metrics = {"step": step, "loss": sums.pop("loss"), "completion_tokens_total": sums["tokens_mean"],
+                   "advantage_zero_groups": sums.pop("zero_groups"), "lr": group["lr"]}
         metrics |= {name: sums.pop(name) / tokens for name in ("kl", "entropy", "clip_low_frac", "clip_high_frac")}
         metrics |= {name: value / (PROMPTS_PER_STEP * GROUP_SIZE) for name, value in sums.items()}
         metrics |= {"completion_tokens_mean": metrics.pop("tokens_mean"), "peak_memory_mb": peak_memory_mb(),
@@ -315,17 +302,17 @@ def main():
                     **{f"seconds_{name}": seconds[name] for name in ("sample", "reward", "ref_wait", "train")}}
         if EVAL_EVERY and (step % EVAL_EVERY == 0 or step == STEPS):
             metrics |= evaluate(model, tokenizer, rewards, heldout, stop)
-        record("metrics", metrics)
-        record("completions", *(
-            {"step": step, "prompt": row["text"], "completion": text, "advantage": sample_["advantage"],
-             **{function.__name__: value for function, value in zip(rewards, column.tolist())}}
-            for row, text, sample_, column in zip(rows[:GROUP_SIZE], texts, samples, values.T)))
-        progress.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{metrics['accuracy']:.0%}",
-                             tokens=f"{metrics['completion_tokens_mean']:.0f}", kl=f"{metrics['kl']:.4f}")
-        if SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
-            save(engine, model, tokenizer, step)
+        if rank == 0:
+            report.write(OUTPUT_DIR, "metrics", [metrics])
+            report.write(OUTPUT_DIR, "completions", [
+                {"step": step, "prompt": row["text"], "completion": text, "advantage": sample_["advantage"],
+                 **{function.__name__: value for function, value in zip(rewards, column.tolist())}}
+                for row, text, sample_, column in zip(rows[:GROUP_SIZE], texts, samples, values.T)])
+            progress.set_postfix_str(report.one_line(metrics))
+        if SAVE_EVERY and rank == 0 and (step % SAVE_EVERY == 0 or step == STEPS):
+            save(model, tokenizer, step)
     if rank == 0:
-        plot.report(OUTPUT_DIR)
+        report.show(OUTPUT_DIR)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""What a run has learned so far: draws reward.png beside its metrics.jsonl and prints a table, before and after.
+"""What a run tells: its .jsonl files, the progress bar's line, the table before and after, the picture.
 
-    python plot.py runs/arithmetic              # also while the run goes on
-
-The trainer does this at the end of a run. It reads nothing but metrics.jsonl.
+    python report.py runs/arithmetic              # table and reward.png, also while the run goes on
 """
 import json
+import os
 import sys
 
 from matplotlib.figure import Figure
@@ -27,13 +26,26 @@ TABLE = {
 }
 
 
-def report(folder: str) -> None:
+def write(folder: str, name: str, rows: list[dict]) -> None:
+    """Appends rows to `folder`/`name`.jsonl; a value that is not a number becomes null."""
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{folder}/{name}.jsonl", "a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n")
+
+
+def one_line(metrics: dict) -> str:
+    return (f"reward {metrics['reward']:.2f}, accuracy {metrics['accuracy']:.0%}, "
+            f"{metrics['completion_tokens_mean']:.0f} tokens, KL {metrics['kl']:.1e}")
+
+
+def show(folder: str) -> None:
     """Prints the table of `folder`/metrics.jsonl and draws `folder`/reward.png."""
     with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
         history = [json.loads(line) for line in file]
 
     def series(name):
-        return [(metrics["step"], metrics[name]) for metrics in history if name in metrics]
+        return [(metrics["step"], metrics[name]) for metrics in history if metrics.get(name) is not None]
 
     print(f"\n{'':28}{'before':>10}{'after':>10}")
     for name, title in TABLE.items():
@@ -55,4 +67,4 @@ def report(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    report(sys.argv[1] if len(sys.argv) > 1 else "runs/arithmetic")
+    show(sys.argv[1] if len(sys.argv) > 1 else "runs/arithmetic")
