@@ -202,7 +202,7 @@ def start_processes() -> tuple[int, int]:
         f"GROUP_SIZE={GROUP_SIZE}: a group needs at least 2 completions to compare": GROUP_SIZE < 2,
         f"TEMPERATURE={TEMPERATURE}: sampling needs a positive one": TEMPERATURE <= 0,
         f"LOSS_TYPE={LOSS_TYPE}: the only one is grpo": LOSS_TYPE != "grpo",
-        f"ZERO_STAGE={ZERO_STAGE}: expected 0, 1 or 2, because sampling needs whole weights": ZERO_STAGE not in (0, 1, 2),
+        f"ZERO_STAGE={ZERO_STAGE}: expected 0, 1 or 2; sampling needs whole weights": ZERO_STAGE not in (0, 1, 2),
         f"OUTPUT_DIR={OUTPUT_DIR} holds another run: choose another": os.path.exists(f"{OUTPUT_DIR}/metrics.jsonl"),
     }
     for sentence in filter(wrong.get, wrong):

@@ -137,7 +137,7 @@ def read_rows(body: bytes, vocab_size: int, max_length: int) -> list[torch.Tenso
 def make_app(model, name: str, token: str = "") -> bottle.Bottle:
     """The WSGI application that serves `model`, called `name`, to clients that know `token`."""
     app, worker, config = bottle.Bottle(), ThreadPoolExecutor(1), model.config.get_text_config()
-    max_length = getattr(config, "max_position_embeddings", sys.maxsize)
+    sizes = {"vocab_size": config.vocab_size, "max_length": getattr(config, "max_position_embeddings", sys.maxsize)}
     app.default_error_handler = lambda error: error.body
 
     @app.hook("before_request")
@@ -148,14 +148,14 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
 
     @app.get("/health")
     def health():
-        return {"status": "ok", "model": name, "vocab_size": config.vocab_size, "max_length": max_length,
-                "dtype": str(model.dtype).removeprefix("torch.")}
+        return {"status": "ok", "model": name, "dtype": str(model.dtype).removeprefix("torch.")} | sizes
 
     @app.post("/logps")
     def logps():
-        temperature = bottle.request.query.get("temperature", 1.0, type=float)
-        expect(temperature and 0 < temperature < float("inf"), "temperature must be a positive number")
-        rows = read_rows(bottle.request.body.read(), config.vocab_size, max_length)
+        given = bottle.request.query
+        temperature = given.get("temperature", -1, type=float) if "temperature" in given else 1.0
+        expect(0 < temperature < float("inf"), "temperature must be a positive number")
+        rows = read_rows(bottle.request.body.read(), **sizes)
         try:
             answer = worker.submit(batched_logps, model, *rows, temperature, BATCH_TOKENS).result()
         except torch.OutOfMemoryError:

@@ -1,6 +1,7 @@
 """What a run tells: its .jsonl files, the progress bar's line, the table before and after, the picture.
 
-    python report.py runs/arithmetic              # table and reward.png, also while the run goes on
+    python report.py runs/arithmetic                 # table and reward.png, also while the run goes on
+    python report.py runs/arithmetic runs/other      # another run's curves for comparison
 """
 import json
 import os
@@ -39,32 +40,38 @@ def one_line(metrics: dict) -> str:
             f"{metrics['completion_tokens_mean']:.0f} tokens, KL {metrics['kl']:.1e}")
 
 
-def show(folder: str) -> None:
-    """Prints the table of `folder`/metrics.jsonl and draws `folder`/reward.png."""
+def read(folder: str) -> list[dict]:
     with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
-        history = [json.loads(line) for line in file]
+        return [json.loads(line) for line in file]
 
-    def series(name):
-        return [(metrics["step"], metrics[name]) for metrics in history if metrics.get(name) is not None]
 
+def series(history: list[dict], name: str) -> list[tuple[int, float]]:
+    return [(metrics["step"], metrics[name]) for metrics in history if metrics.get(name) is not None]
+
+
+def show(folder: str, *others: str) -> None:
+    """Prints the table of `folder`/metrics.jsonl and draws `folder`/reward.png, other runs' curves dashed behind."""
+    history = read(folder)
     print(f"\n{'':28}{'before':>10}{'after':>10}")
     for name, title in TABLE.items():
-        if points := series(name):
+        if points := series(history, name):
             print(f"{title:28}{points[0][1]:10.3f}{points[-1][1]:10.3f}")
-    seconds = sum(second for _, second in series("seconds"))
-    print(f"\n{history[-1]['step']} steps, {seconds:.0f} s of training; {folder}/reward.png shows the way")
+    seconds = sum(second for _, second in series(history, "seconds"))
+    print(f"\n{history[-1]['step']} steps in {seconds:.0f} s; the curves are in {folder}/reward.png")
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items()):
-        for name in names:
-            if points := series(name):
-                axes.plot(*zip(*points), label=name, marker="o" if name.startswith("eval") else None)
+        for run, style in [(folder, "-"), *((other, "--") for other in others)]:
+            for name in names:
+                if points := series(read(run), name):
+                    label = name if run == folder else f"{name}, {run}"
+                    axes.plot(*zip(*points), style, label=label, marker="o" if name.startswith("eval") else None)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend()
+        if len(axes.lines) > 1:
+            axes.legend(fontsize="small")
     figure.savefig(f"{folder}/reward.png", dpi=110)
 
 
 if __name__ == "__main__":
-    show(sys.argv[1] if len(sys.argv) > 1 else "runs/arithmetic")
+    show(*sys.argv[1:] or ["runs/arithmetic"])

@@ -174,7 +174,7 @@ def run_judge(connection: Connection, math_verify) -> None:
         gold, answer = connection.recv()
         try:
             gold = parse(gold)
-            verdict = bool(gold) and math_verify.verify(gold, parse(answer), timeout_seconds=None)
+            verdict = bool(gold) and math_verify.verify(gold, parse(answer), float_rounding=10, timeout_seconds=None)
         except (Exception, RecursionError, MemoryError):
             verdict = False
         connection.send(verdict)

@@ -1,0 +1,103 @@
+"""Shared by the tests: small real models, a real reference server, real launches."""
+
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model name that is not a folder fails at once
+
+import arithmetic  # noqa: E402
+
+
+class Process:
+    """A script of the project in a process of its own; `out` is a file that keeps what it prints."""
+
+    def __init__(self, arguments, out: Path, env: dict | None = None):
+        self.out = out
+        self.popen = subprocess.Popen(
+            [str(a) for a in arguments],
+            stdout=out.open("w"),
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=os.environ | (env or {}),
+        )
+
+    def wait(self, seconds: float = 240) -> tuple[int, str]:
+        try:
+            return self.popen.wait(seconds), self.out.read_text()
+        finally:
+            self.popen.kill()
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> re.Match:
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.out.read_text())):
+            assert self.popen.poll() is None and time.monotonic() < deadline, self.out.read_text()
+            time.sleep(0.1)
+        return match
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launch("ref_server.py", "PORT=0", env={...}) -> Process; everything is killed after the test."""
+    started = []
+
+    def start(*arguments, env=None):
+        program = arguments if arguments[0] == "deepspeed" else [sys.executable, *arguments]
+        started.append(Process(program, tmp_path / f"out{len(started)}.txt", env))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.popen.kill()
+        process.popen.wait()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> str:
+    """An untrained model of the embedded task's shape, with its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = arithmetic.make_tokenizer(arithmetic.make_problems(200, random.Random(0)))
+    model = arithmetic.make_model(tokenizer)
+    with torch.no_grad():
+        for matrix in (p for p in model.parameters() if p.dim() > 1):
+            matrix.normal_(0, 0.1)  # an untrained model is almost uniform; this one has opinions
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    from sampler import load_model
+
+    return load_model(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def server(tiny_folder, tmp_path_factory):
+    """The address of a real reference server that holds the tiny model."""
+    out = tmp_path_factory.mktemp("server") / "out.txt"
+    process = Process([sys.executable, "ref_server.py", f"MODEL={tiny_folder}", "PORT=0", "MAX_BODY_MB=1"], out)
+    yield process.wait_for(r"http://127.0.0.1:\d+")[0]
+    process.popen.kill()
+    process.popen.wait()
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory) -> Path:
+    """The embedded task, built as `make demo` builds it."""
+    folder = tmp_path_factory.mktemp("embedded") / "arithmetic"
+    subprocess.run(
+        [sys.executable, "examples/arithmetic.py", f"OUTPUT_DIR={folder}"], cwd=ROOT, check=True, timeout=300
+    )
+    return folder

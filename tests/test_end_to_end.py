@@ -1,0 +1,152 @@
+"""Real launches: the server, the deepspeed launcher, one and two processes, and what is left on the disk."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grpo_train
+
+METRICS = set(
+    """step reward reward_std reward/reward_correct reward/reward_format advantage_zero_groups kl loss entropy
+    clip_low_frac clip_high_frac grad_norm lr completion_tokens_mean completion_tokens_total truncated_frac seconds seconds_sample
+    seconds_ref_wait seconds_reward seconds_train peak_memory_mb accuracy""".split()
+)
+EVALUATION = {"eval_accuracy", "eval_tokens_mean", "eval_reward", "eval_truncated_frac"}
+
+
+def data(embedded):
+    return [f"MODEL={embedded}/model", f"DATASET={embedded}/train.jsonl", f"EVAL_DATASET={embedded}/heldout.jsonl"]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(folder):
+    return torch.cat([p.detach().double().flatten() for p in AutoModelForCausalLM.from_pretrained(folder).parameters()])
+
+
+def test_the_main_job_learns_and_leaves_what_it_promises(launch, embedded, tmp_path):
+    server = launch("ref_server.py", f"MODEL={embedded}/model", "PORT=0")
+    url = server.wait_for(r"http://127.0.0.1:\d+")[0]
+    run = launch(
+        "deepspeed",
+        "--num_accelerators",
+        "1",
+        "grpo_train.py",
+        *data(embedded),
+        f"REF_SERVER={url}",
+        f"OUTPUT_DIR={tmp_path}/run",
+        "STEPS=20",
+        "SAVE_EVERY=12",
+    )
+    code, text = run.wait(400)
+    assert code == 0, text
+    assert "reward " in text and "held-out accuracy, greedy" in text and "before" in text
+
+    history = read(tmp_path / "run/metrics.jsonl")
+    assert [metrics["step"] for metrics in history] == list(range(21))
+    assert all(METRICS <= metrics.keys() for metrics in history[1:])
+    assert [m["step"] for m in history if EVALUATION <= m.keys()] == [0, 10, 20]
+    assert history[0]["eval_accuracy"] <= 0.5 and history[20]["eval_accuracy"] >= 0.9
+    assert 0 <= history[1]["kl"] < 1e-6 < history[20]["kl"]
+    assert history[1]["lr"] == pytest.approx(grpo_train.LR / 10) and history[20]["lr"] == grpo_train.LR
+
+    completions = read(tmp_path / "run/completions.jsonl")
+    assert len(completions) == 20 * grpo_train.GROUP_SIZE
+    assert {"step", "prompt", "completion", "advantage", "reward_correct", "reward_format"} == completions[0].keys()
+    assert (tmp_path / "run/reward.png").read_bytes().startswith(b"\x89PNG")
+    for step in 12, 20:
+        AutoModelForCausalLM.from_pretrained(tmp_path / f"run/step_{step}")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"run/step_{step}")
+        assert tokenizer.chat_template and tokenizer("<think>").input_ids == [
+            tokenizer.convert_tokens_to_ids("<think>")
+        ]
+    assert not list(tmp_path.glob("run/*.unfinished"))
+
+    again = launch("grpo_train.py", *data(embedded), f"OUTPUT_DIR={tmp_path}/run")
+    code, text = again.wait()
+    assert code == 1 and "holds another run" in text and "Traceback" not in text
+    assert read(tmp_path / "run/metrics.jsonl") == history
+
+
+def test_processes_zero_stage_and_micro_batches_do_not_change_the_update(launch, embedded, tmp_path):
+    # BETA=0 contacts no reference server: there is none at this address. The micro-batches of 400 tokens are so many that
+    # the two processes have different numbers of them.
+    common = [
+        *data(embedded),
+        "BETA=0",
+        "REF_SERVER=http://127.0.0.1:9",
+        "STEPS=1",
+        "LR=1e-3",
+        "WARMUP_STEPS=0",
+        "EVAL_EVERY=0",
+        "SAVE_EVERY=1",
+    ]
+    runs = {
+        "one": ["grpo_train.py"],
+        "many": ["grpo_train.py", "MICRO_BATCH_TOKENS=400"],
+        "checkpointing": ["grpo_train.py", "GRADIENT_CHECKPOINTING=True"],
+        **{
+            f"two, ZeRO {stage}": [
+                "deepspeed",
+                "--num_accelerators",
+                "2",
+                f"--master_port={29600 + stage}",
+                "grpo_train.py",
+                f"ZERO_STAGE={stage}",
+                "MICRO_BATCH_TOKENS=400",
+            ]
+            for stage in (0, 1, 2)
+        },
+    }
+    start, after = weights(f"{embedded}/model"), {}
+    for name, command in runs.items():
+        code, text = launch(*command, *common, f"OUTPUT_DIR={tmp_path}/{name}").wait()
+        assert code == 0, text
+        after[name] = weights(tmp_path / name / "step_1")
+    for name, other in after.items():
+        difference = (other - after["one"]).norm() / (after["one"] - start).norm()
+        assert difference < 1e-3, (name, difference)  # of Adam's first step, the sign of tiny gradients included
+        assert (other - after["one"]).norm() / after["one"].norm() < 1e-5, name
+    metrics = [read(tmp_path / name / "metrics.jsonl")[1] for name in runs]
+    for key in "reward", "completion_tokens_total", "loss", "entropy", "advantage_zero_groups":
+        assert [m[key] for m in metrics] == pytest.approx([metrics[0][key]] * len(runs), rel=1e-5, abs=1e-7), key
+    grad_norms = [m["grad_norm"] for m in metrics if m["grad_norm"]]  # DeepSpeed tells none with ZeRO 0
+    assert grad_norms == pytest.approx([grad_norms[0]] * len(grad_norms), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "constants, world, sentence",
+    [
+        ({"PROMPTS_PER_STEP": 16}, 3, "PROMPTS_PER_STEP=16 cannot be shared equally by 3 processes"),
+        ({"GROUP_SIZE": 1}, 1, "GROUP_SIZE=1"),
+        ({"TEMPERATURE": 0.0}, 1, "TEMPERATURE=0.0"),
+        ({"LOSS_TYPE": "ppo"}, 1, "LOSS_TYPE=ppo"),
+        ({"ZERO_STAGE": 3}, 1, "ZERO_STAGE=3"),
+    ],
+)
+def test_bad_constants_are_refused_before_anything_is_loaded(monkeypatch, constants, world, sentence):
+    for name, value in constants.items():
+        monkeypatch.setattr(grpo_train, name, value)
+    for name, value in {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=sentence):
+        grpo_train.start_processes()
+
+
+def test_a_raising_reward_ends_the_run_with_its_name_and_the_completion(launch, embedded, tmp_path):
+    (tmp_path / "bad.py").write_text("def reward(completions, **columns):\n    return [1 / 0 for c in completions]\n")
+    run = launch(
+        "grpo_train.py",
+        *data(embedded),
+        "BETA=0",
+        "REWARDS=bad:reward",
+        "EVAL_EVERY=0",
+        f"OUTPUT_DIR={tmp_path}/run",
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    code, text = run.wait()
+    assert code == 1 and "reward reward raised ZeroDivisionError" in text and "at the completion '<think>" in text

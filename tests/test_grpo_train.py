@@ -1,0 +1,146 @@
+"""The loss, its gradient, the advantages and the order of the data, against float64 written out by hand."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+import grpo_train
+from grpo_train import GRPO_step, epoch_order, group_advantages, pack
+from ref_server import micro_batches, token_logps
+
+
+@pytest.fixture(autouse=True)
+def constants(monkeypatch):
+    for name, value in {"BETA": 0.04, "CLIP_LOW": 0.2, "CLIP_HIGH": 0.2}.items():
+        monkeypatch.setattr(grpo_train, name, value)
+
+
+def make_batch(lens, advantages, completions_in_step, ref_logps):
+    rows = (
+        torch.zeros(sum(lens) + len(lens), dtype=torch.long),
+        torch.ones(len(lens), dtype=torch.long),
+        torch.tensor(lens),
+    )
+    return {
+        "rows": rows,
+        "advantage": torch.tensor(advantages),
+        "ref_logps": torch.tensor(ref_logps),
+        "weight": torch.tensor([1 / (n * completions_in_step) for n in lens]),
+    }
+
+
+def test_loss_and_gradient_are_those_of_the_paper():
+    # Rows: EOS alone, an ordinary one, one cut off at the limit: to the loss they differ by their length and nothing else.
+    lens, advantages, completions_in_step = [1, 3, 4], [1.5, -0.7, 0.25], 8
+    logps = [-0.1, -1.2, -0.4, -2.0, -0.3, -0.9, -1.1, -0.05]
+    ref_logps = [-0.3, -1.0, -0.4, -1.5, -0.2, -1.9, -1.0, -0.07]
+    loss, gradient, k = 0.0, [], 0
+    for n, advantage in zip(lens, advantages):
+        for _ in range(n):
+            d = ref_logps[k] - logps[k]
+            weight = 1 / n / completions_in_step
+            loss += weight * (0.04 * (math.exp(d) - d - 1) - advantage)  # the ratio is 1
+            gradient.append(weight * (0.04 * (1 - math.exp(d)) - advantage))
+            k += 1
+    leaf = torch.tensor(logps, requires_grad=True)
+    ours, sums = GRPO_step(lambda *rows: leaf, make_batch(lens, advantages, completions_in_step, ref_logps))
+    ours.backward()
+    assert ours.item() == pytest.approx(loss, rel=1e-6)
+    assert leaf.grad.tolist() == pytest.approx(gradient, rel=1e-5)
+    assert sums["tokens"] == 8 and sums["clip_low_frac"] == sums["clip_high_frac"] == 0
+    assert sums["kl"] == pytest.approx(sum(math.exp(r - p) - (r - p) - 1 for r, p in zip(ref_logps, logps)), rel=1e-5)
+    assert sums["entropy"] == pytest.approx(-sum(logps), rel=1e-6)
+
+
+def test_kl_is_zero_and_the_ratio_one_before_the_first_update():
+    leaf = torch.tensor([-0.5, -1.5], requires_grad=True)
+    loss, sums = GRPO_step(lambda *rows: leaf, make_batch([2], [2.0], 1, leaf.tolist()))
+    assert sums["kl"] == 0.0
+    assert loss.item() == -2.0  # minus ratio x advantage, and the ratio is exactly 1
+
+
+def test_a_filler_of_weight_zero_adds_nothing():
+    leaf = torch.tensor([-0.5, -1.5], requires_grad=True)
+    batch = make_batch([2], [2.0], 1, [-3.0, -3.0])
+    loss, sums = GRPO_step(lambda *rows: leaf, batch | {"weight": torch.tensor([0.0])})
+    loss.backward()
+    assert not leaf.grad.any() and not any(sums.values())
+
+
+def test_advantages_use_the_sample_standard_deviation_of_the_group():
+    rewards = [[1.0, -1.0, -1.0, 2.25], [0.0, 0.0, 1.0, 0.5]]
+    ours = group_advantages(torch.tensor(rewards, dtype=torch.float64))
+    for group, row in zip(rewards, ours.tolist()):
+        mean, std = statistics.mean(group), statistics.stdev(group)
+        assert row == pytest.approx([(r - mean) / (std + 1e-4) for r in group], rel=1e-12)
+
+
+def test_equal_rewards_give_no_advantage_whatever_the_rounding():
+    assert not group_advantages(torch.full((3, 7), 0.1, dtype=torch.float64)).any()
+    assert not group_advantages(torch.full((3, 7), 0.1)).any()
+
+
+def random_samples(tokenizer, count):
+    generator = torch.Generator().manual_seed(1)
+    lens = torch.randint(1, 9, (count, 2), generator=generator).tolist()
+    return [
+        {
+            "prompt": torch.randint(len(tokenizer), (p,), generator=generator),
+            "advantage": float(i % 4) - 1.5,
+            "completion": torch.randint(len(tokenizer), (c,), generator=generator),
+            "length": p + c,
+            "weight": 1 / (c * count),
+        }
+        for i, (p, c) in enumerate(lens)
+    ]
+
+
+def gradients(model, batches):
+    model.zero_grad()
+    for samples in batches:
+        batch = {key: torch.tensor([s[key] for s in samples]) for key in ("advantage", "weight")}
+        batch |= {"rows": pack(samples), "ref_logps": torch.cat([s["ref"] for s in samples])}
+        GRPO_step(lambda *rows: token_logps(model, *rows), batch)[0].backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_micro_batch_size_does_not_change_the_update(tiny):
+    model, tokenizer = tiny
+    samples = random_samples(tokenizer, 12)
+    for sample in samples:
+        sample["ref"] = torch.full((len(sample["completion"]),), -5.0)
+    whole = gradients(model, [samples])
+    for budget in 1, 20, 40:
+        batches = micro_batches(samples, budget)
+        assert len(batches) > 1 and sum(map(len, batches)) == 12
+        parts = gradients(model, batches)
+        assert (parts - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_dropping_a_group_without_signal_changes_nothing_but_its_kl(tiny, monkeypatch):
+    monkeypatch.setattr(grpo_train, "BETA", 0.0)
+    model, tokenizer = tiny
+    samples = random_samples(tokenizer, 8)
+    for sample in samples:
+        sample["ref"] = torch.zeros(len(sample["completion"]))
+    for sample in samples[:4]:
+        sample["advantage"] = 0.0
+    with_group, without = gradients(model, [samples]), gradients(model, [samples[4:]])
+    assert (with_group - without).norm() < 1e-6 * without.norm()
+
+
+def test_micro_batches_keep_to_the_budget_and_lose_no_row():
+    rows = [{"length": n, "i": i} for i, n in enumerate([5, 90, 7, 30, 30, 1, 200])]
+    batches = micro_batches(rows, 100)
+    assert sorted(row["i"] for batch in batches for row in batch) == list(range(7))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(row["length"] for row in batch) <= 100
+    assert [row["length"] for row in batches[0]] == [200]  # the largest first, so that a lack of memory shows at once
+
+
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own():
+    first, second = epoch_order(0, 50), epoch_order(1, 50)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second and first == epoch_order(0, 50)

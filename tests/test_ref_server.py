@@ -1,0 +1,269 @@
+"""Log-probs against plain float64 transformers; the server against everything that a client can send."""
+
+import copy
+import http.client
+import json
+import pickle
+import re
+import signal
+import socket
+import threading
+import time
+
+import pytest
+import requests
+import torch
+import transformers
+from safetensors.torch import load, save
+
+import ref_server
+from ref_server import batched_logps, check_server, request_logps, token_logps
+
+SHAPE = dict(
+    vocab_size=320,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=2,
+)
+FAMILIES = {
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Llama": {},
+    "Mistral": {"sliding_window": 8},
+    "Phi3": {},
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, "sliding_window": 8},
+    "Cohere": {"logit_scale": 0.3},
+    "Granite": {"logits_scaling": 3.0},
+    "GPTNeoX": {},
+}
+
+
+def make_rows(vocab_size=320, lens=((3, 5), (1, 1), (7, 2), (2, 11)), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (sum(map(sum, lens)),), generator=generator)
+    tokens[7] = 2  # EOS, which is also the padding
+    return tokens, *torch.tensor(lens).T
+
+
+def expected_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
+    """Row by row, without padding, from the model's own float64 logits."""
+    model, logps = model.double(), []
+    for row, p in zip(tokens.split((prompt_lens + completion_lens).tolist()), prompt_lens.tolist()):
+        distribution = (model(row[None]).logits[0] / temperature).log_softmax(-1)
+        logps += [distribution[t - 1, row[t]] for t in range(p, len(row))]
+    model.float()
+    return torch.stack(logps)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_are_those_of_plain_transformers(family):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SHAPE, **FAMILIES[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+        for temperature in 1.0, 0.6:
+            ours = token_logps(model, *make_rows(), temperature)
+            assert ours.dtype == torch.float32 and ours.shape == (19,)
+            assert (ours - expected_logps(model, *make_rows(), temperature)).abs().max() < 2e-5
+
+
+def test_tiles_of_the_head_change_neither_values_nor_gradients(tiny, monkeypatch):
+    model, _ = tiny
+    results = []
+    for logits_per_tile in 2**24, 1000:
+        monkeypatch.setattr(ref_server, "LOGITS_PER_TILE", logits_per_tile)
+        model.zero_grad()
+        logps = token_logps(model, *make_rows())
+        (logps * torch.arange(19.0)).sum().backward()
+        results.append((logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-6, rtol=0)
+    assert (results[0][1] - results[1][1]).norm() < 1e-5 * results[0][1].norm()
+
+
+def test_the_batch_is_halved_when_memory_is_short(tiny):
+    model, _ = tiny
+    sizes = []
+
+    def out_of_memory_over_20_tokens(module, arguments, keywords):
+        sizes.append(keywords["input_ids"].numel())
+        if sizes[-1] > 20:
+            raise torch.OutOfMemoryError("injected")
+
+    hook = model.base_model.register_forward_pre_hook(out_of_memory_over_20_tokens, with_kwargs=True)
+    logps = batched_logps(model, *make_rows(), 1.0, 10_000)
+    with pytest.raises(torch.OutOfMemoryError):  # a single row that does not fit cannot be helped
+        batched_logps(model, *make_rows(lens=((20, 20),)), 1.0, 10_000)
+    hook.remove()
+    assert max(sizes) > 20
+    torch.testing.assert_close(logps, batched_logps(model, *make_rows(), 1.0, 10_000), atol=1e-5, rtol=0)
+
+
+def test_server_agrees_with_plain_transformers(tiny, server):
+    model, _ = tiny
+    rows = make_rows()
+    with torch.no_grad():
+        expected = expected_logps(model, *rows, 0.8)
+    answer = request_logps(server, *rows, 0.8)
+    assert [len(row) for row in answer] == rows[2].tolist()
+    assert (torch.cat(answer) - expected).abs().max() < 2e-4
+    check_server(server, model, "tiny", list(range(20)))
+
+
+def test_server_says_what_it_holds(server, tiny_folder):
+    health = requests.get(f"{server}/health").json()
+    assert health == {"status": "ok", "model": tiny_folder, "vocab_size": 327, "max_length": 1024, "dtype": "float32"}
+
+
+def test_another_model_is_refused_by_the_trainer(server, tiny):
+    other = copy.deepcopy(tiny[0])
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.neg_()
+    with pytest.raises(SystemExit, match="not the policy's model: start it with python ref_server.py MODEL=tiny"):
+        check_server(server, other, "tiny", list(range(20)))
+
+
+def body(**changes):
+    tokens, prompt_lens, completion_lens = (tensor.int() for tensor in make_rows())
+    tensors = {"tokens": tokens, "prompt_lens": prompt_lens, "completion_lens": completion_lens} | changes
+    return save({name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+def with_header(dtype: str, shape: list[int]) -> bytes:
+    text = json.dumps({"tokens": {"dtype": dtype, "shape": shape, "data_offsets": [0, 4]}}).encode()
+    return len(text).to_bytes(8, "little") + text + b"0000"
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BAD_BODIES = {
+    "empty": (b"", "not safetensors"),
+    "text": (b"hello", "not safetensors"),
+    "pickle": (pickle.dumps({"tokens": [1]}), "not safetensors"),
+    "truncated": (body()[:-3], "not safetensors"),
+    "longer than it says": (body() + b"more", "not safetensors"),
+    "header of 2**60 bytes": ((2**60).to_bytes(8, "little") + b"{}", "not safetensors"),
+    "header that lies": (with_header("I32", [9]), "not safetensors"),
+    "huge shape": (with_header("I32", [2**40, 2**40]), "not safetensors"),
+    "unknown type": (with_header("X9", [1]), "not safetensors"),
+    "lacks a tensor": (body(prompt_lens=None), r"the body holds \['completion_lens', 'tokens'\]"),
+    "one tensor more": (body(more=ints(1)), "the body holds"),
+    "floats": (body(tokens=torch.zeros(32)), "tokens is torch.float32"),
+    "long integers": (body(tokens=torch.zeros(32, dtype=torch.long)), "tokens is torch.int64"),
+    "two dimensions": (body(tokens=torch.zeros(4, 8, dtype=torch.int32)), r"tokens is torch.int32 \[4, 8\]"),
+    "no rows": (body(prompt_lens=ints(), completion_lens=ints()), "expected int32"),
+    "more prompts than completions": (body(prompt_lens=ints(3, 1, 7, 2, 1)), "not as many"),
+    "an empty prompt": (body(prompt_lens=ints(3, 0, 8, 2)), "has no token"),
+    "an empty completion": (body(completion_lens=ints(5, 0, 3, 11)), "has no token"),
+    "a negative length": (body(completion_lens=ints(5, -1, 4, 11)), "has no token"),
+    "lengths that overflow": (
+        body(prompt_lens=ints(*[2**31 - 1] * 4), completion_lens=ints(*[2**31 - 1] * 4)),
+        "at most 1024",
+    ),
+    "a row longer than the model": (
+        body(tokens=ints(*[0] * 1030), prompt_lens=ints(1029), completion_lens=ints(1)),
+        "1030 tokens, the model takes at most 1024",
+    ),
+    "lengths that do not add up": (body(prompt_lens=ints(3, 1, 7, 3)), "add up to 33, but there are 32"),
+    "an id over the vocabulary": (body(tokens=torch.full((32,), 327, dtype=torch.int32)), "expected 0 to 326"),
+    "a negative id": (body(tokens=torch.full((32,), -1, dtype=torch.int32)), "token ids from -1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_a_bad_body_is_refused_with_one_sentence(server, name):
+    data, sentence = BAD_BODIES[name]
+    answer = requests.post(f"{server}/logps", data=data, timeout=20)
+    assert answer.status_code == 400 and answer.text.count("\n") == 1
+    assert re.search(sentence, answer.text), answer.text
+
+
+@pytest.mark.parametrize("temperature", ["0", "-1", "nan", "inf", "hot"])
+def test_a_bad_temperature_is_refused(server, temperature):
+    answer = requests.post(f"{server}/logps?temperature={temperature}", data=body())
+    assert answer.status_code == 400 and "temperature" in answer.text
+
+
+def test_unknown_pages_and_methods_are_refused_in_plain_text(server):
+    assert requests.get(f"{server}/weights").status_code == 404
+    answer = requests.get(f"{server}/logps")
+    assert answer.status_code == 405 and "<" not in answer.text
+
+
+def test_a_declared_body_over_the_limit_is_refused_before_it_is_read(server):
+    host, port = server.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    connection.putrequest("POST", "/logps")
+    connection.putheader("Content-Length", str(2**40))
+    connection.endheaders()  # and not one byte of the body
+    assert connection.getresponse().status == 413
+
+
+def test_idle_and_half_open_connections_do_not_block_others(server):
+    host, port = server.removeprefix("http://").split(":")
+    idle = [socket.create_connection((host, int(port))) for _ in range(100)]
+    for connection in idle[:50]:
+        connection.sendall(b"POST /logps HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
+    start = time.monotonic()
+    assert requests.post(f"{server}/logps", data=body(), timeout=20).status_code == 200
+    assert time.monotonic() - start < 5
+    for connection in idle:
+        connection.close()
+
+
+def test_the_token_is_wanted_and_the_work_in_flight_is_finished(launch, tiny_folder):
+    process = launch("ref_server.py", f"MODEL={tiny_folder}", "PORT=0", env={"REF_TOKEN": "secret"})
+    url = process.wait_for(r"http://127.0.0.1:\d+")[0]
+    for headers in {}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer sécret".encode()}:
+        assert requests.get(f"{url}/health", headers=headers).status_code == 401
+        assert requests.post(f"{url}/logps", data=body(), headers=headers).status_code == 401
+    with pytest.raises(SystemExit, match="401: wrong or missing bearer token"):
+        check_server(url, None, "tiny", [1, 2])
+
+    # SIGTERM while a large request is being computed: the answer still comes, then the process ends with 0.
+    lens = torch.tensor([[10, 900]] * 120)
+    tokens, answers = torch.randint(320, (int(lens.sum()),)), []
+    data = save({"tokens": tokens.int(), "prompt_lens": ints(*[10] * 120), "completion_lens": ints(*[900] * 120)})
+    client = threading.Thread(
+        target=lambda: answers.append(
+            requests.post(f"{url}/logps", data=data, headers={"Authorization": "Bearer secret"}, timeout=120)
+        )
+    )
+    client.start()
+    time.sleep(1)
+    process.popen.send_signal(signal.SIGTERM)
+    assert client.is_alive()
+    assert process.wait(100)[0] == 0
+    client.join(10)
+    assert answers[0].status_code == 200 and len(load(answers[0].content)["logps"]) == 120 * 900
+
+
+def test_it_does_not_start_where_it_should_not(launch, tiny_folder, server):
+    port = server.rsplit(":", 1)[1]
+    starts = {
+        ("PORT=" + port,): "cannot listen on 127.0.0.1:" + port,
+        ("HOST=0.0.0.0",): "set REF_TOKEN in the environment",
+        ("MODEL=nowhere/at/all", "PORT=0"): "cannot load MODEL=nowhere/at/all",
+        ("GPU=1",): "unknown constant 'GPU=1'",
+    }
+    for arguments, sentence in starts.items():
+        process = launch("ref_server.py", *arguments, env={"REF_TOKEN": ""})
+        code, text = process.wait(100)
+        assert code == 1 and sentence in text and "Traceback" not in text, text
+
+
+def test_an_absent_server_is_named_within_30_seconds():
+    start = time.monotonic()
+    with pytest.raises(SystemExit, match=r"http://127.0.0.1:9/health.*python ref_server.py MODEL="):
+        check_server("http://127.0.0.1:9", None, "tiny", [1, 2])
+    assert time.monotonic() - start < 30

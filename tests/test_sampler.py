@@ -1,0 +1,166 @@
+"""Constants, data sets, and completions: their tokens, log-probs and random numbers."""
+
+import json
+
+import pytest
+import torch
+
+from ref_server import token_logps
+from sampler import draw, load_model, load_prompts, override_constants, sample, stop_ids
+
+PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18, 19]]
+
+
+def test_greedy_tokens_are_those_of_generate(tiny):
+    model, tokenizer = tiny
+    stop = stop_ids(model, tokenizer)
+    for prompt, completion in zip(PROMPTS, sample(model, PROMPTS, 1, max_tokens=20, stop=stop, temperature=0)):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :]
+        assert completion.tokens.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_the_sampled_tokens_at_the_temperature(tiny, temperature):
+    model, _ = tiny
+    stop = list(range(0, 320, 10))  # many, so that sequences leave the batch at different times
+    completions = sample(model, PROMPTS, 16, max_tokens=24, stop=stop, temperature=temperature, seeds=[1, 2, 3])
+    assert len({len(completion.tokens) for completion in completions}) > 4
+    for i, completion in enumerate(completions):
+        prompt = torch.tensor(PROMPTS[i // 16])
+        row = torch.cat([prompt, completion.tokens])
+        lens = torch.tensor([len(prompt)]), torch.tensor([len(completion.tokens)])
+        torch.testing.assert_close(completion.logps, token_logps(model, row, *lens, temperature), atol=1e-4, rtol=0)
+        assert completion.ended == (completion.tokens[-1].item() in stop)
+        assert completion.ended or len(completion.tokens) == 24
+        assert not set(completion.tokens[:-1].tolist()) & set(stop)
+
+
+def test_eos_counts_when_pad_is_eos(tiny):
+    model, _ = tiny
+    model.config.pad_token_id, before = 0, model.config.pad_token_id
+    completions = sample(model, PROMPTS, 8, max_tokens=30, stop=list(range(0, 320, 4)), seeds=[1, 2, 3])
+    model.config.pad_token_id = before
+    ended = [completion for completion in completions if completion.ended]
+    assert ended and all(c.tokens[-1] % 4 == 0 and len(c.logps) == len(c.tokens) for c in ended)
+
+
+def test_a_prompt_has_the_same_completions_in_any_batch(tiny):
+    model, _ = tiny
+    together = sample(model, PROMPTS, 4, max_tokens=12, stop=[0], seeds=[1, 2, 3])
+    alone = sample(model, PROMPTS[2:], 4, max_tokens=12, stop=[0], seeds=[3])
+    assert [c.tokens.tolist() for c in together[8:]] == [c.tokens.tolist() for c in alone]
+    assert len({tuple(c.tokens.tolist()) for c in alone}) == 4  # and different ones in its group
+
+
+def test_more_sequences_than_fit_are_taken_in_slices(tiny, monkeypatch):
+    model, _ = tiny
+    whole = sample(model, PROMPTS, 4, max_tokens=6, stop=[0], seeds=[1, 2, 3])
+    monkeypatch.setattr("sampler.MAX_SEQUENCES", 4)
+    assert [c.tokens.tolist() for c in sample(model, PROMPTS, 4, max_tokens=6, stop=[0], seeds=[1, 2, 3])] == [
+        c.tokens.tolist() for c in whole
+    ]
+
+
+def test_no_completion_ends_before_min_tokens(tiny):
+    model, _ = tiny
+    stop = list(range(1, 320, 2))
+    completions = sample(model, PROMPTS, 32, max_tokens=9, min_tokens=5, stop=stop, seeds=[1, 2, 3])
+    assert min(len(completion.tokens) for completion in completions) == 5
+
+
+def test_dropout_is_off_while_sampling(tiny_folder):
+    model, _ = load_model(tiny_folder)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    first, second = (sample(model, PROMPTS, 2, max_tokens=8, stop=[0], temperature=0) for _ in range(2))
+    assert model.training
+    assert [c.tokens.tolist() for c in first] == [c.tokens.tolist() for c in second]
+
+
+def test_draw_follows_the_distribution():
+    probabilities = torch.tensor([0.5, 0.0, 0.25, 0.2, 0.05, 0.0])
+    uniform = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
+    tokens, logps = draw(probabilities.log().expand(10000, -1), uniform)
+    assert (torch.bincount(tokens, minlength=6) / 10000 - probabilities).abs().max() < 2e-4
+    torch.testing.assert_close(logps, probabilities[tokens].log())
+
+
+def test_draw_never_takes_an_impossible_token():
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, -1)
+    tokens, _ = draw(logits, torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64))
+    assert tokens.tolist() == [1, 2]
+
+
+def test_generation_config_may_name_several_stop_tokens(tiny):
+    model, tokenizer = tiny
+    before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, [7, 3]
+    assert stop_ids(model, tokenizer) == sorted([3, 7, tokenizer.eos_token_id])
+    model.generation_config.eos_token_id = before
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_prompts_come_from_questions_strings_and_messages(tiny, tmp_path):
+    _, tokenizer = tiny
+    messages = [{"role": "user", "content": "What is 1 + 1?"}]
+    rows = [{"prompt": "as it is"}, {"prompt": messages}]
+    verbatim, chat = load_prompts(
+        write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows))), tokenizer, "Think.", 99
+    )
+    assert verbatim["text"] == "as it is" and tokenizer.decode(verbatim["ids"]) == "as it is"
+    assert chat["text"] == "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    question = '{"question": "What is 1 + 1?", "answer": "2", "level": 3}'
+    [row] = load_prompts(write(tmp_path / "q.jsonl", question), tokenizer, "Think.", 99)
+    assert row["text"] == "<|im_start|>system\nThink.<|im_end|>\n" + chat["text"]
+    assert row["columns"] == {"answer": "2", "level": 3}
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("", "needs a column question or prompt; its 0 rows"),
+        ('{"question": "a"}\n{"question": ', "line 2 is not a JSON object"),
+        ('{"question": "a"}\n[1, 2]', "line 2 is not a JSON object"),
+        ('{"problem": "a"}', "needs a column question or prompt; its 1 rows have ['problem']"),
+        ('{"question": "a", "answer": "1"}\n{"question": "b"}', "row 2 .* has the columns"),
+        ('{"prompt": "What is 1 + 1 + 1 + 1 + 1 + 1 + 1?"}', "MAX_PROMPT_TOKENS=9"),
+    ],
+)
+def test_a_bad_data_set_is_one_sentence(tiny, tmp_path, text, sentence):
+    with pytest.raises(SystemExit, match=sentence.replace("[", r"\[")):
+        load_prompts(write(tmp_path / "d.jsonl", text), tiny[1], "", 9)
+
+
+def test_a_missing_data_set_is_one_sentence(tiny):
+    with pytest.raises(SystemExit, match="cannot read the data set nowhere.jsonl"):
+        load_prompts("nowhere.jsonl", tiny[1], "", 9)
+
+
+def test_long_prompts_are_left_out_and_counted(tiny, tmp_path, capsys):
+    text = '{"prompt": "1"}\n{"prompt": "1 + 1 + 1 + 1"}'
+    assert len(load_prompts(write(tmp_path / "d.jsonl", text), tiny[1], "", 3)) == 1
+    assert "left out 1 of 2 prompts" in capsys.readouterr().out
+
+
+def test_a_missing_model_is_one_sentence():
+    with pytest.raises(SystemExit, match="cannot load MODEL=nowhere/at/all"):
+        load_model("nowhere/at/all")
+
+
+def test_constants_from_the_command_line():
+    constants = {"STEPS": 1, "LR": 0.5, "ON": False, "MODEL": "a", "REWARDS": [len], "lower": 1}
+    override_constants(constants, ["--local_rank=0", "STEPS=7", "LR=1", "ON=True", "MODEL=x=y", "REWARDS=f,m:g"])
+    assert constants == {"STEPS": 7, "LR": 1.0, "ON": True, "MODEL": "x=y", "REWARDS": ["f", "m:g"], "lower": 1}
+    for argument, sentence in [
+        ("STEP=1", "unknown constant 'STEP=1'.*STEPS"),
+        ("STEPS=1.5", "expected int"),
+        ("LR=fast", "expected float"),
+        ("ON=1", "expected bool"),
+        ("lower=1", "unknown"),
+    ]:
+        with pytest.raises(SystemExit, match=sentence):
+            override_constants(dict(constants), [argument])
