@@ -216,6 +216,9 @@ def start_processes() -> tuple[int, int]:
 def main():
     rank, world = start_processes()
     model, tokenizer = load_model(MODEL)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    if MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS > longest:
+        raise SystemExit(f"MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS is over the {longest} tokens of MODEL={MODEL}")
     rewards, stop = load_rewards(REWARDS), stop_ids(model, tokenizer)
     train, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS) if name else []
                       for name in (DATASET, EVAL_DATASET if EVAL_EVERY else ""))

@@ -4,4 +4,4 @@
 set -euo pipefail
 python ref_server.py &
 trap 'kill $! 2>/dev/null; wait $!' EXIT
-deepspeed --num_accelerators 1 grpo_train.py OUTPUT_DIR="$@"
+deepspeed --log_level warning --num_accelerators 1 grpo_train.py OUTPUT_DIR="$@"

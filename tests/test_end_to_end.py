@@ -10,8 +10,8 @@ import grpo_train
 
 METRICS = set(
     """step reward reward_std reward/reward_correct reward/reward_format advantage_zero_groups kl loss entropy
-    clip_low_frac clip_high_frac grad_norm lr completion_tokens_mean completion_tokens_total truncated_frac seconds seconds_sample
-    seconds_ref_wait seconds_reward seconds_train peak_memory_mb accuracy""".split()
+    clip_low_frac clip_high_frac grad_norm lr completion_tokens_mean completion_tokens_total truncated_frac seconds
+    seconds_sample seconds_ref_wait seconds_reward seconds_train peak_memory_mb accuracy""".split()
 )
 EVALUATION = {"eval_accuracy", "eval_tokens_mean", "eval_reward", "eval_truncated_frac"}
 
@@ -73,8 +73,7 @@ def test_the_main_job_learns_and_leaves_what_it_promises(launch, embedded, tmp_p
 
 
 def test_processes_zero_stage_and_micro_batches_do_not_change_the_update(launch, embedded, tmp_path):
-    # BETA=0 contacts no reference server: there is none at this address. The micro-batches of 400 tokens are so many that
-    # the two processes have different numbers of them.
+    # BETA=0 contacts no reference server: there is none at this address.
     common = [
         *data(embedded),
         "BETA=0",

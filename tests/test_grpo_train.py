@@ -32,7 +32,7 @@ def make_batch(lens, advantages, completions_in_step, ref_logps):
 
 
 def test_loss_and_gradient_are_those_of_the_paper():
-    # Rows: EOS alone, an ordinary one, one cut off at the limit: to the loss they differ by their length and nothing else.
+    # EOS alone, an ordinary completion, one cut off at the limit: to the loss they differ by their length alone.
     lens, advantages, completions_in_step = [1, 3, 4], [1.5, -0.7, 0.25], 8
     logps = [-0.1, -1.2, -0.4, -2.0, -0.3, -0.9, -1.1, -0.05]
     ref_logps = [-0.3, -1.0, -0.4, -1.5, -0.2, -1.9, -1.0, -0.07]

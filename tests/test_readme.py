@@ -1,0 +1,18 @@
+"""The README's table of constants is complete and true."""
+import re
+
+from conftest import ROOT
+
+import grpo_train
+import ref_server
+
+
+def test_every_constant_is_in_the_table_with_its_default():
+    text = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| `?([^|`]+)`? \|", text, re.MULTILINE))
+    for name, value in vars(grpo_train).items():
+        if not name.isupper() or name in ("DS_CONFIG", "REWARDS", "SYSTEM_PROMPT", "CLIP_LOW", "CLIP_HIGH"):
+            continue
+        assert type(value)(rows[name].strip() != "False" and rows[name].strip()) == value, name
+    for name in vars(ref_server):
+        assert not name.isupper() or f"`{name}`" in text, name
