@@ -178,8 +178,5 @@ def draw(logits, uniform):
     if uniform is None:
         return logps.argmax(-1), logps.max(-1).values
     cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    # The product may round up to the total, which no cumulative probability exceeds.
-    threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, threshold, right=True)
+    tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return tokens[:, 0], logps.gather(1, tokens)[:, 0]

@@ -88,6 +88,7 @@ def test_wrong_answers(gold, answer):
         ("<think>a</think><answer>4</answer><answer>5</answer>", None),
         ("<think>a</think><answer><answer>5</answer></answer>", None),
         ("<answer>5</answer>", None),
+        ("<think>a</think><answer>4 <answer>5</answer>", None),
         ("", None),
     ],
 )
