@@ -142,7 +142,7 @@ def new_judge() -> tuple[Connection, int]:
 
 
 def run_nursery() -> None:
-    """The child's main loop; it ends when the parent does, because then the socket on stdin is closed."""
+    """The child's main loop; when the parent is gone, the socket on stdin is closed, and this process group ends."""
     import logging
 
     import math_verify
@@ -153,7 +153,7 @@ def run_nursery() -> None:
     while True:
         _, descriptors, _, _ = socket.recv_fds(requests, 16, 1)
         if not descriptors:
-            return
+            os.killpg(0, signal.SIGKILL)  # a judge that is at work would never notice
         if os.fork() == 0:
             resource.setrlimit(resource.RLIMIT_AS, (JUDGE_MEMORY, JUDGE_MEMORY))
             with contextlib.suppress(EOFError, ConnectionResetError):  # the parent is gone

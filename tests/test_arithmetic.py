@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 
+import arithmetic
 import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import arithmetic
 import grpo_train
 from rewards import reward_correct, reward_format
 

@@ -3,10 +3,13 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+from conftest import ROOT
 
 import rewards
 from rewards import (
@@ -172,6 +175,23 @@ def test_a_judge_that_died_while_idle_is_replaced(judge):
     connection.poll(5)  # its end of the pipe is closed
     rewards.idle_judges.put((connection, pid))
     assert all(reward_correct([answered("0.5")], answer=["1/2"]) == [1.0] for _ in range(3))
+
+
+def test_no_judge_outlives_a_killed_trainer(tmp_path):
+    code = (
+        "import threading, rewards; assert rewards.ask_judge('1/2', '0.5'); rewards.JUDGE_SECONDS = 60\n"
+        "threading.Thread(target=rewards.ask_judge, args=('5', '1000000000!')).start()\n"
+        "print(rewards.nursery[0].pid, flush=True)"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    group = int(trainer.stdout.readline())
+    time.sleep(1)  # the judge is at work
+    os.killpg(group, 0)
+    trainer.kill()
+    trainer.wait()
+    time.sleep(1)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
 
 
 def test_a_gold_answer_that_cannot_be_parsed_is_an_error():
