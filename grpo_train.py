@@ -120,8 +120,7 @@ def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
     so that the losses and gradients of micro-batches and processes add up to those of the step.
     """
     logps = policy(*batch["rows"])  # (C,)
-    completion_lens = batch["rows"][2]
-    advantage, weight = (batch[key].repeat_interleave(completion_lens) for key in ("advantage", "weight"))  # (C,)
+    advantage, weight = (batch[key].repeat_interleave(batch["rows"][2]) for key in ("advantage", "weight"))  # (C,)
     ratio = (logps - logps.detach()).exp()  # one update a batch: the policy is still the one that sampled
     surrogate = torch.min(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
     log_ratio = batch["ref_logps"] - logps if BETA else torch.zeros_like(logps)
@@ -229,7 +228,7 @@ def main():
         check_server(url, model, MODEL, train[0]["ids"])
     if GRADIENT_CHECKPOINTING:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    engine = deepspeed.initialize(model=Policy(model), config=DS_CONFIG)[0]
+    engine = deepspeed.initialize(model=Policy(model).train(), config=DS_CONFIG)[0]
     device, background = engine.device, ThreadPoolExecutor(8)
     metrics = {"step": 0} | (evaluate(model, tokenizer, rewards, heldout, stop) if EVAL_EVERY else {})
     if rank == 0:

@@ -136,6 +136,32 @@ def test_bad_constants_are_refused_before_anything_is_loaded(monkeypatch, consta
         grpo_train.start_processes()
 
 
+COUNT_FORWARD_PASSES = """
+import sys, torch, grpo_train
+passes, load = [], grpo_train.load_model
+def load_and_count(path):
+    model, tokenizer = load(path)
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    return model, tokenizer
+grpo_train.load_model = load_and_count
+vars(grpo_train).update(MODEL=sys.argv[1], DATASET=sys.argv[2], EVAL_EVERY=0, SAVE_EVERY=0, BETA=0, STEPS=1)
+vars(grpo_train).update(OUTPUT_DIR=sys.argv[3], GRADIENT_CHECKPOINTING=sys.argv[4] == "True")
+grpo_train.main()
+print("forward passes with gradients:", sum(passes))
+"""
+
+
+def test_gradient_checkpointing_makes_the_activations_again(launch, embedded, tmp_path):
+    passes = {}
+    for on in False, True:
+        data = f"{embedded}/model", f"{embedded}/train.jsonl", f"{tmp_path}/{on}"
+        run = launch("-c", COUNT_FORWARD_PASSES, *data, str(on))
+        code, text = run.wait()
+        assert code == 0, text
+        passes[on] = int(run.wait_for(r"with gradients: (\d+)")[1])
+    assert passes[True] == 2 * passes[False] > 0
+
+
 def test_a_raising_reward_ends_the_run_with_its_name_and_the_completion(launch, embedded, tmp_path):
     (tmp_path / "bad.py").write_text("def reward(completions, **columns):\n    return [1 / 0 for c in completions]\n")
     run = launch(
