@@ -141,7 +141,7 @@ import sys, torch, grpo_train
 passes, load = [], grpo_train.load_model
 def load_and_count(path):
     model, tokenizer = load(path)
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     return model, tokenizer
 grpo_train.load_model = load_and_count
 vars(grpo_train).update(MODEL=sys.argv[1], DATASET=sys.argv[2], EVAL_EVERY=0, SAVE_EVERY=0, BETA=0, STEPS=1)
