@@ -51,7 +51,8 @@ def series(history: list[dict], name: str) -> list[tuple[int, float]]:
 
 def show(folder: str, *others: str) -> None:
     """Prints the table of `folder`/metrics.jsonl and draws `folder`/reward.png, other runs' curves dashed behind."""
-    history = read(folder)
+    runs = {run: read(run) for run in (folder, *others)}
+    history = runs[folder]
     print(f"\n{'':28}{'before':>10}{'after':>10}")
     for name, title in TABLE.items():
         if points := series(history, name):
@@ -61,10 +62,10 @@ def show(folder: str, *others: str) -> None:
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items()):
-        for run, style in [(folder, "-"), *((other, "--") for other in others)]:
+        for run, run_history in runs.items():
             for name in names:
-                if points := series(read(run), name):
-                    label = name if run == folder else f"{name}, {run}"
+                if points := series(run_history, name):
+                    label, style = (name, "-") if run == folder else (f"{name}, {run}", "--")
                     axes.plot(*zip(*points), style, label=label, marker="o" if name.startswith("eval") else None)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)

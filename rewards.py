@@ -175,7 +175,7 @@ def run_judge(connection: Connection, math_verify) -> None:
         try:
             gold = parse(gold)
             verdict = bool(gold) and math_verify.verify(gold, parse(answer), float_rounding=10, timeout_seconds=None)
-        except (Exception, RecursionError, MemoryError):
+        except Exception:
             verdict = False
         connection.send(verdict)
 
