@@ -11,12 +11,10 @@ used for one update. There is no value model and no replay. Read `main()` first;
 """
 import os
 import random
-import resource
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 
 import deepspeed
@@ -27,14 +25,14 @@ from tqdm import tqdm
 import report
 from ref_server import check_server, micro_batches, request_logps, token_logps
 from rewards import check_rewards, compute_rewards, load_rewards, reward_correct, reward_format
-from sampler import load_model, load_prompts, override_constants, sample, stop_ids
+from sampler import load_model, load_prompts, override_constants, sample, stop_ids, tokens_until
 
 # Model and data
 MODEL = "examples/arithmetic/model"  # local folder or hub name
 DATASET = "examples/arithmetic/train.jsonl"  # .jsonl with `question` or `prompt`, or hub name[:config[:split]]
 EVAL_DATASET = "examples/arithmetic/heldout.jsonl"  # never trained on
 SYSTEM_PROMPT = "First reason between <think> and </think>, then give the answer between <answer> and </answer>."
-REWARDS = [reward_correct, reward_format]  # added up; the first one, above 0, also counts as accuracy
+REWARDS = [reward_correct, reward_format]  # or (function, weight); added up; the first, above 0, counts as accuracy
 REF_SERVER = "http://127.0.0.1:59875"  # several, separated by commas, share the work
 OUTPUT_DIR = "runs/arithmetic"
 SEED = 0
@@ -104,6 +102,22 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     return advantages.masked_fill(equal, 0.0)  # exactly, whatever the rounding of the mean
 
 
+def set_advantages(samples: list[dict], outcomes: torch.Tensor, steps: list, weights, tokenizer) -> None:
+    """The advantage of each token (T,) of a group's samples.
+
+    That of the completion's outcome, normalised from the rewards (G,); and of each reward function that judges steps
+    (G lists of (end_character, reward)) its weight times the sum of the rewards, normalised over all steps of the
+    group, of the steps that end at or after the token: process supervision, DeepSeekMath, section 4.1.3.
+    """
+    for sample_, advantage in zip(samples, group_advantages(outcomes[None])[0].tolist()):
+        sample_["advantage"] = torch.full((len(sample_["completion"]),), advantage)
+    for group_steps, weight in zip(steps, weights):
+        flat = [(sample_, *step) for sample_, its_steps in zip(samples, group_steps) for step in its_steps]
+        rewards = torch.tensor([[reward for *_, reward in flat]], dtype=torch.float64)
+        for (sample_, end, _), advantage in zip(flat, group_advantages(rewards)[0].tolist() if flat else []):
+            sample_["advantage"][: tokens_until(tokenizer, sample_["completion"], end)] += weight * advantage
+
+
 def pack(samples: list[dict], device="cpu") -> list[torch.Tensor]:
     """Samples as B ragged rows: tokens (N,), prompt_lens (B,), completion_lens (B,)."""
     tokens = torch.cat([part for sample in samples for part in (sample["prompt"], sample["completion"])])
@@ -114,13 +128,13 @@ def pack(samples: list[dict], device="cpu") -> list[torch.Tensor]:
 def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
     """The GRPO loss of a micro-batch (DeepSeekMath, equations 3 and 4), and sums over its C completion tokens to log.
 
-    batch: rows (see `pack`), advantage (B,), weight (B,), ref_logps (C,) if BETA.
+    batch: rows (see `pack`), advantage (C,), weight (C,), ref_logps (C,) if BETA.
     loss = sum of weight * (BETA * (exp(d) - d - 1) - min(ratio * A, clip(ratio) * A)), d = ref_logps - logps.
     A token's weight, 1 / (length of its completion * completions in the whole step), is all the normalising there is,
     so that the losses and gradients of micro-batches and processes add up to those of the step.
     """
     logps = policy(*batch["rows"])  # (C,)
-    advantage, weight = (batch[key].repeat_interleave(batch["rows"][2]) for key in ("advantage", "weight"))  # (C,)
+    advantage, weight = batch["advantage"], batch["weight"]
     ratio = (logps - logps.detach()).exp()  # one update a batch: the policy is still the one that sampled
     surrogate = torch.min(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
     log_ratio = batch["ref_logps"] - logps if BETA else torch.zeros_like(logps)
@@ -140,19 +154,6 @@ def columns(rows: list[dict]) -> dict[str, list]:
     return {name: [row["columns"][name] for row in rows] for name in (rows[0]["columns"] if rows else [])}
 
 
-def peak_memory_mb() -> float:
-    """The allocator's peak on a GPU, the process's resident memory on a CPU."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident
-
-
-@contextmanager
-def timed(seconds: Counter, name: str):
-    start = time.perf_counter()
-    yield
-    seconds[name] += time.perf_counter() - start
-
-
 def reduce(values: dict[str, float], operation=dist.ReduceOp.SUM) -> dict[str, float]:
     """The values summed (or else) over all processes."""
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -161,26 +162,30 @@ def reduce(values: dict[str, float], operation=dist.ReduceOp.SUM) -> dict[str, f
     return dict(zip(values, numbers.tolist()))
 
 
-def score(rewards: list, rows: list[dict], completions: list, tokenizer):
-    """The completions as text, EOS cut off; every reward function's values (F, B), None as NaN; their sums to log."""
+def score(rewards: dict, rows: list[dict], completions: list, tokenizer):
+    """The completions as text, EOS cut off; their rewards by function (F, B), None as NaN; their steps, F lists of B;
+    the weighted sum of all functions (B,), and of those without steps (B,); sums to log."""
     texts = [tokenizer.decode(completion.tokens[: -1 if completion.ended else None]) for completion in completions]
     ids = [completion.tokens.tolist() for completion in completions]
     prompts = [row["text"] for row in rows]
-    values = compute_rewards(rewards, texts, prompts=prompts, completion_ids=ids, **columns(rows))
-    values = torch.tensor([[float("nan") if v is None else v for v in row] for row in values], dtype=torch.float64)
-    sums = {f"reward/{function.__name__}": value.nansum() for function, value in zip(rewards, values)}
-    sums |= {"reward": values.nansum(), "accuracy": (values[0] > 0).sum(), "tokens_mean": sum(map(len, ids)),
-             "truncated_frac": sum(not completion.ended for completion in completions)}
-    return texts, values, sums
+    values, steps = compute_rewards(rewards, texts, prompts=prompts, completion_ids=ids, **columns(rows))
+    values = torch.tensor(values, dtype=torch.float64)
+    weighted = values * torch.tensor(list(rewards.values()))[:, None]
+    totals, outcomes = weighted.nansum(0), weighted[[not any(row) for row in steps]].nansum(0)
+    sums = {"reward": totals.sum(), "accuracy": (values[0] > 0).sum(), "tokens_mean": sum(map(len, ids)),
+            "truncated_frac": sum(not completion.ended for completion in completions)}
+    for function, row in zip(rewards, values):
+        sums |= {f"reward/{function.__name__}": row.nansum(), f"count reward/{function.__name__}": (~row.isnan()).sum()}
+    return texts, values, steps, totals, outcomes, sums
 
 
-def evaluate(model, tokenizer, rewards: list, rows: list[dict], stop: list[int]) -> dict[str, float]:
+def evaluate(model, tokenizer, rewards: dict, rows: list[dict], stop: list[int]) -> dict[str, float]:
     """Greedy completions of the held-out rows, shared by the processes: accuracy, rewards, length, share cut off."""
     mine = rows[dist.get_rank() :: dist.get_world_size()]
     ids = [row["ids"] for row in mine]
     completions = sample(model, ids, 1, max_tokens=MAX_COMPLETION_TOKENS, stop=stop, temperature=0)
-    _, _, sums = score(rewards, mine, completions, tokenizer)
-    return {f"eval_{name}": value / len(rows) for name, value in reduce(sums).items()}
+    *_, sums = score(rewards, mine, completions, tokenizer)
+    return {f"eval_{name}": value for name, value in report.means(reduce(sums), len(rows)).items()}
 
 
 def save(model, tokenizer, step: int) -> None:
@@ -214,10 +219,7 @@ def start_processes() -> tuple[int, int]:
 
 def main():
     rank, world = start_processes()
-    model, tokenizer = load_model(MODEL)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    if MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS > longest:
-        raise SystemExit(f"MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS is over the {longest} tokens of MODEL={MODEL}")
+    model, tokenizer = load_model(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS)
     rewards, stop = load_rewards(REWARDS), stop_ids(model, tokenizer)
     train, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS) if name else []
                       for name in (DATASET, EVAL_DATASET if EVAL_EVERY else ""))
@@ -243,14 +245,15 @@ def main():
         prompts = [train[epoch_order(n // len(train), len(train))[n % len(train)]] for n in numbers]
 
         # 2. A group of completions for each prompt.
-        with timed(seconds, "sample"):
+        with report.timed(seconds, "sample"):
             completions = sample(
                 model, [prompt["ids"] for prompt in prompts], GROUP_SIZE, max_tokens=MAX_COMPLETION_TOKENS, stop=stop,
                 temperature=TEMPERATURE, min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers])
+        completions_in_step = PROMPTS_PER_STEP * GROUP_SIZE
         rows = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
         samples = [{"prompt": torch.tensor(row["ids"]), "completion": completion.tokens,
                     "length": len(row["ids"]) + len(completion.tokens),
-                    "weight": 1 / (len(completion.tokens) * PROMPTS_PER_STEP * GROUP_SIZE)}
+                    "weight": torch.full((len(completion.tokens),), 1 / len(completion.tokens)) / completions_in_step}
                    for row, completion in zip(rows, completions)]
 
         # 3. The reference model's log-probs, in the background.
@@ -261,28 +264,28 @@ def main():
                 sample_["ref_logps"] = answer, place
 
         # 4. Rewards, and from them advantages. A group whose advantages are all zero has nothing to teach.
-        with timed(seconds, "reward"):
-            texts, values, reward_sums = score(rewards, rows, completions, tokenizer)  # values (F, B)
-        totals = values.nansum(0).view(-1, GROUP_SIZE)  # (P, G)
-        advantages = group_advantages(totals)
-        for sample_, advantage in zip(samples, advantages.flatten().tolist()):
-            sample_["advantage"] = advantage
-        kept = [s for s, has_signal in zip(samples, advantages.any(1).repeat_interleave(GROUP_SIZE)) if has_signal]
+        with report.timed(seconds, "reward"):
+            texts, values, steps, totals, outcomes, reward_sums = score(rewards, rows, completions, tokenizer)
+        kept = []
+        for start in range(0, len(samples), GROUP_SIZE):
+            group = slice(start, start + GROUP_SIZE)
+            set_advantages(samples[group], outcomes[group], [row[group] for row in steps], rewards.values(), tokenizer)
+            kept += samples[group] if any(sample_["advantage"].any() for sample_ in samples[group]) else []
 
         # 5. Gradients, micro-batch by micro-batch. Each backward pass may be a collective operation, so every process
         # makes as many: those with fewer micro-batches fill up with one of weight zero.
         batches = micro_batches(kept, MICRO_BATCH_TOKENS)
         most = reduce({"batches": len(batches)}, dist.ReduceOp.MAX)["batches"]
         while len(batches) < max(1, most):
-            batches.append([{**min(samples, key=lambda s: s["length"]), "weight": 0.0}])
+            batches.append([{**samples[0], "weight": 0 * samples[0]["weight"]}])
         for micro_batch in batches:
-            batch = {key: torch.tensor([s[key] for s in micro_batch], device=device) for key in ("advantage", "weight")}
+            batch = {key: torch.cat([s[key] for s in micro_batch]).to(device) for key in ("advantage", "weight")}
             batch["rows"] = pack(micro_batch, device)
             if BETA:
-                with timed(seconds, "ref_wait"):
+                with report.timed(seconds, "ref_wait"):
                     answers = [answer.result()[place] for answer, place in (s["ref_logps"] for s in micro_batch)]
                 batch["ref_logps"] = torch.cat(answers).to(device)
-            with timed(seconds, "train"):
+            with report.timed(seconds, "train"):
                 loss, batch_sums = GRPO_step(engine, batch)
                 engine.backward(loss * world)  # DeepSpeed takes the mean over the processes, the loss is a sum
             sums.update(batch_sums)
@@ -290,16 +293,17 @@ def main():
         # 6. The update, and what there is to say about it.
         for group in engine.optimizer.param_groups:
             group["lr"] = LR * min(1, step / max(1, WARMUP_STEPS))
-        with timed(seconds, "train"):
+        with report.timed(seconds, "train"):
             engine.step()
-        sums.update(reward_sums, reward_std=totals.std(1).sum() * GROUP_SIZE, zero_groups=(~advantages.any(1)).sum())
+        sums.update(reward_sums, reward_std=totals.view(-1, GROUP_SIZE).std(1).sum() * GROUP_SIZE,
+                    zero_groups=(len(samples) - len(kept)) / GROUP_SIZE)
         sums = reduce(sums)
         tokens = max(1, sums.pop("tokens"))
         metrics = {"step": step, "loss": sums.pop("loss"), "completion_tokens_total": sums["tokens_mean"],
                    "advantage_zero_groups": sums.pop("zero_groups"), "lr": group["lr"]}
         metrics |= {name: sums.pop(name) / tokens for name in ("kl", "entropy", "clip_low_frac", "clip_high_frac")}
-        metrics |= {name: value / (PROMPTS_PER_STEP * GROUP_SIZE) for name, value in sums.items()}
-        metrics |= {"completion_tokens_mean": metrics.pop("tokens_mean"), "peak_memory_mb": peak_memory_mb(),
+        metrics |= report.means(sums, completions_in_step)
+        metrics |= {"completion_tokens_mean": metrics.pop("tokens_mean"), "peak_memory_mb": report.peak_memory_mb(),
                     "grad_norm": float(engine.get_global_grad_norm() or 0), "seconds": time.perf_counter() - started,
                     **{f"seconds_{name}": seconds[name] for name in ("sample", "reward", "ref_wait", "train")}}
         if EVAL_EVERY and (step % EVAL_EVERY == 0 or step == STEPS):

@@ -5,8 +5,13 @@
 """
 import json
 import os
+import resource
 import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
 
+import torch
 from matplotlib.figure import Figure
 
 PANELS = {
@@ -25,6 +30,26 @@ TABLE = {
     "kl": "KL to the reference",
     "entropy": "entropy, nats per token",
 }
+
+
+@contextmanager
+def timed(seconds: Counter, name: str):
+    """Adds the seconds that the block takes to `seconds[name]`."""
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start
+
+
+def peak_memory_mb() -> float:
+    """The allocator's peak on a GPU, the process's resident memory on a CPU."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident
+
+
+def means(sums: dict[str, float], completions: int) -> dict[str, float]:
+    """Means over all completions; of a reward function over those that it applies to, as many as "count ..." says."""
+    return {name: value / (sums.get(f"count {name}", completions) or float("nan"))
+            for name, value in sums.items() if not name.startswith("count ")}
 
 
 def write(folder: str, name: str, rows: list[dict]) -> None:

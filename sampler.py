@@ -8,6 +8,7 @@ under the sampling policy comes along at no extra forward pass. Random numbers b
 batch: the same prompt gets the same completions however the prompts are spread over processes.
 """
 import json
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
@@ -36,16 +37,23 @@ def override_constants(constants: dict, arguments: list[str]) -> None:
             raise SystemExit(f"{name}={text}: expected {kind.__name__}, as in {name}={valid[name]}") from None
 
 
-def load_model(path: str):
-    """The causal LM at `path` (folder or hub name) and its tokenizer: bfloat16 on an accelerator, float32 on a CPU."""
+def load_model(path: str, tokens: int = 0):
+    """The causal LM at `path` (folder or hub name) and its tokenizer: bfloat16 on an accelerator, float32 on a CPU.
+
+    SystemExit if it cannot be loaded, or has no room for so many `tokens` of prompt and completion.
+    """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-        return model, AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SystemExit(f"cannot load MODEL={path}: {reason} (the embedded model: python examples/arithmetic.py)")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", tokens)
+    if tokens > longest:
+        raise SystemExit(f"MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS is over the {longest} tokens of MODEL={path}")
+    return model, tokenizer
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -53,6 +61,11 @@ def stop_ids(model, tokenizer) -> list[int]:
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def tokens_until(tokenizer, tokens, characters: int) -> int:
+    """How many of the tokens it takes to write so many characters."""
+    return bisect_left(range(len(tokens)), characters, key=lambda count: len(tokenizer.decode(tokens[:count])))
 
 
 def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int) -> list[dict]:

@@ -1,16 +1,19 @@
-"""Rewards: what is right, what has the format, and that no completion stalls them."""
+"""Rewards: what is right, what has the format, the published ones' values, and that no completion stalls them."""
 
 import contextlib
+import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from conftest import ROOT
 
 import rewards
@@ -122,61 +125,19 @@ def test_the_format(completion, value):
     assert reward_format([completion]) == [value]
 
 
-HOSTILE = {
-    "tower": "9^{9^{9^{9}}}",
-    "python tower": "9**9**9**9",
-    "factorial": "1000000000!",
-    "nested factorials": "((9!)!)!",
-    "sum": "\\sum_{i=1}^{1000000000} i^{i}",
-    "brackets": "(" * 900,
-    "braces": "{" * 900 + "}" * 900,
-    "digits": "9" * 100_000,
-    "code": "__import__('os').system('touch hacked')",
-    "NUL": "5\0",
-    "surrogate": "5\ud800",
-    "tags": "<answer>" * 50_000,
-    "unicode digits": "\u0665",
-    "fractions": "\\frac{1}{" * 100 + "5" + "}" * 100,
-    "backslashes": "\\" * 1000,
-    "dollars": "$" * 999,
-}
-
-
-def judged(name: str) -> float:
-    start = time.monotonic()
-    assert reward_correct([answered(HOSTILE[name])], answer=["5"]) == [-1.0]
-    assert reward_format([answered(HOSTILE[name])])[0] in (-1.0, 1.25)
-    return time.monotonic() - start
-
-
-@pytest.fixture(scope="module")
-def judge():
-    rewards.ask_judge("1/2", "0.5")  # the nursery's start, which imports sympy, counts once for a run
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_answer_is_wrong_within_seconds(judge, name):
-    assert judged(name) < 2
-    assert reward_correct([answered("0.5")], answer=["1/2"]) == [1.0]  # the next one is judged as if nothing had been
-
-
-def test_from_eight_threads_at_once(judge):
-    seconds = []
-    threads = [threading.Thread(target=lambda: seconds.append(judged("factorial"))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(seconds) == 8 and max(seconds) < 4
-
-
-def test_a_judge_that_died_while_idle_is_replaced(judge):
-    assert rewards.ask_judge("1/2", "0.5")
-    connection, pid = rewards.idle_judges.get(timeout=1)
-    os.kill(pid, signal.SIGKILL)
-    connection.poll(5)  # its end of the pipe is closed
-    rewards.idle_judges.put((connection, pid))
-    assert all(reward_correct([answered("0.5")], answer=["1/2"]) == [1.0] for _ in range(3))
+@pytest.mark.parametrize("arithmetic", ["gmpy", "python"])
+@pytest.mark.parametrize("threads", ["main", "threads"])
+def test_hostile_completions_are_wrong_within_two_seconds(threads, arithmetic, tmp_path):
+    # a process of its own: the memory it grows by, and the first question before anything is warm, are part of the test
+    env = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1"} if arithmetic == "python" else {}
+    program = [sys.executable, ROOT / "tests" / "hostile.py", threads]
+    run = subprocess.run(program, env=os.environ | env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    found = json.loads(run.stdout)
+    assert found["arithmetic"] == arithmetic and found["judged"]
+    assert found["right"] == []
+    assert found["seconds"] < 2, found
+    assert found["grown_mb"] < 300
+    assert not run.stderr and not list(tmp_path.iterdir())
 
 
 def running(group: int) -> list[str]:
@@ -189,20 +150,42 @@ def running(group: int) -> list[str]:
     return found
 
 
-def test_no_judge_outlives_a_killed_trainer(tmp_path):
+def test_no_judge_outlives_a_killed_trainer():
     code = (
-        "import threading, rewards; assert rewards.ask_judge('1/2', '0.5'); rewards.JUDGE_SECONDS = 60\n"
+        "import threading, rewards; assert rewards.ask_judge('1/2', '2/4')\n"
         "threading.Thread(target=rewards.ask_judge, args=('5', '1000000000!')).start()\n"
         "print(rewards.nursery[0].pid, flush=True)"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     group = int(trainer.stdout.readline())
-    time.sleep(1)  # the judge is at work
+    time.sleep(0.3)  # the judge is at work
     assert len(running(group)) == 2  # the nursery and the judge
     trainer.kill()
     trainer.wait()
-    time.sleep(1)
+    time.sleep(1.5)
     assert not running(group)
+
+
+def test_a_nursery_that_was_killed_is_replaced():
+    assert rewards.ask_judge("1/2", "2/4")
+    os.killpg(rewards.nursery[0].pid, signal.SIGKILL)
+    rewards.nursery[0].wait(5)
+    assert rewards.ask_judge("1/2", "2/4")
+
+
+# ------------------------------------------------------------------------------------------------- the labelled set
+
+
+def test_the_labelled_answers():
+    # 1,600 pairs, each labelled by hand: what a careful teacher would say who sees the gold answer and this one
+    rows = [json.loads(line) for line in (ROOT / "tests" / "answers.jsonl").read_text().splitlines()]
+    assert len(rows) >= 300 and 0.4 < sum(row["right"] for row in rows) / len(rows) < 0.6
+    wrong = []
+    for row in rows:
+        verdict = reward_correct([answered(row["answer"])], answer=[row["gold"]]) == [1.0]
+        wrong += [row] if verdict != row["right"] else []
+    assert [row for row in wrong if not row["right"]] == []
+    assert len(wrong) <= 0.02 * len(rows), wrong
 
 
 def test_a_gold_answer_that_cannot_be_parsed_is_an_error():
@@ -239,11 +222,250 @@ def test_a_bad_reward_function_is_named_with_the_completion():
             compute_rewards([function], ["a", "b"])
     with pytest.raises(ValueError, match="picky raised ZeroDivisionError.* at the completion ''"):
         compute_rewards([picky], ["a", ""], prompts=["p", "p"])
-    assert compute_rewards([constant([1.0, None]), picky], ["a", "bb"]) == [[1.0, None], [1.0, 0.5]]
+    for value, sentence in [
+        ("one", "reward raised ValueError"),
+        ([(0, 1.0)], "reward returned"),
+        ([(2, 1.0)], "reward returned"),
+        ([(1, math.inf)], "reward returned"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            compute_rewards([constant([value])], ["a"])
 
 
-def test_rewards_by_name():
-    assert load_rewards(["reward_format", picky, "math:sqrt"]) == [reward_format, picky, math.sqrt]
-    for name in "reward_nothing", "nowhere:f":
-        with pytest.raises(SystemExit, match=f"no reward function {name}"):
+def test_none_is_no_value_and_steps_add_up():
+    values, steps = compute_rewards([constant([1.0, None]), constant([[(1, 0.5), (2, -2.0)], []])], ["ab", "bb"])
+    assert values[0][0] == 1.0 and math.isnan(values[0][1]) and values[1] == [-1.5, 0.0]
+    assert steps == [[[], []], [[(1, 0.5), (2, -2.0)], []]]
+
+
+def test_rewards_by_name_and_weight():
+    weights = load_rewards(["0.5*reward_format", picky, ("math:sqrt", 2), "-1e-3*math:cos"])
+    assert weights == {reward_format: 0.5, picky: 1.0, math.sqrt: 2, math.cos: -0.001}
+    with pytest.raises(SystemExit, match="two reward functions are called reward_format"):
+        load_rewards(["reward_format", (reward_format, 2.0)])
+    for name in "reward_nothing", "nowhere:f", "much*reward_format":
+        with pytest.raises(SystemExit, match=re.escape(f"no reward function {name}")):
             load_rewards([name])
+
+
+# ------------------------------------------------------------------------------------------------- Open R1's and TRL's
+# Values worked out by hand from the formulas in the papers and in Open R1's documentation.
+
+BOX = "\\boxed{\\frac{63}{400}}"  # 22 characters
+WRONG_BOX = "\\boxed{\\frac{64}{400}}"
+GOLD = "\\frac{63}{400}"
+
+
+@pytest.mark.parametrize(
+    "completion, solution, value",
+    [
+        (BOX, GOLD, 1.0),
+        (WRONG_BOX, GOLD, 0.0),
+        ("It is $\\frac{1}{3}$, no: $0.1575$.", GOLD, 1.0),
+        ("First \\(5\\), then \\[ x = 7 \\]", "$7$", 1.0),
+        ("\\boxed{7}, which is not $8$", "7", 1.0),  # a box goes before other LaTeX
+        ("\\boxed{5} \\boxed{7", "7", 0.0),
+        ("The answer is 7", "7", 0.0),  # neither a box nor LaTeX
+        ("$x < 3$", "$(-\\infty, 3)$", 1.0),
+        ("$72$", "48 / 2 = <<48/2=24>>24\n#### 72", 1.0),
+        ("$72$", "We get \\boxed{72}.", 1.0),
+        (BOX, "no mathematics at all", None),
+        ("\\boxed{forty two}", "Answer is forty two.", None),
+        ("", "", None),
+        ("", GOLD, 0.0),
+    ],
+)
+def test_accuracy_reward(completion, solution, value):
+    assert rewards.accuracy_reward([completion], solution=[solution]) == [value]
+    assert rewards.accuracy_reward([[{"role": "assistant", "content": completion}]], [solution]) == [value]
+
+
+@pytest.mark.parametrize(
+    "completion, fmt, tags",
+    [
+        ("<think>\nSo it is.\n</think>\n<answer>\n5\n</answer>", 1.0, 1.0),
+        ("<think>\na\n\nb\n</think>\n<answer>\n5\n</answer>\n", 1.0, 1.0),
+        ("<think>\na\n</think>\n<answer>\n5\n</answer>\nand more", 0.0, 1.0),
+        ("<think>\na\n</think>\n<answer>\n5\n</answer>\n<answer>\n6\n</answer>", 0.0, 0.5),
+        ("Well\n<think>\na\n</think>\n<answer>\n5\n</answer>", 0.0, 1.0),
+        ("<think>a</think><answer>5</answer>", 0.0, 0.0),
+        ("a\n</think>\n<answer>\n5\n</answer>", 0.0, 0.75),
+        ("<think>\na\n<answer>\n5\n</answer>", 0.0, 0.75),
+        ("<think>\na\n</think>\n5\n</answer>", 0.0, 0.75),
+        ("<think>\na\n</think>\n<answer>\n5", 0.0, 0.75),
+        ("nothing", 0.0, 0.0),
+    ],
+)
+def test_format_reward_and_tag_count_reward(completion, fmt, tags):
+    assert rewards.format_reward([completion]) == [fmt]
+    assert rewards.tag_count_reward([completion]) == [tags]
+
+
+def test_reasoning_steps_reward():
+    cases = {
+        "Step 1: a\nStep 2: b\nStep 3: c": 1.0,
+        "First, a. Second, b. Next, c. Finally, d.": 1.0,
+        "1. a\n2. b": 1 / 3,  # a number counts at the start of the completion alone
+        "a\n- b\n* c": 2 / 3,
+        "a plain text": 0.0,
+    }
+    assert rewards.reasoning_steps_reward(list(cases)) == pytest.approx(list(cases.values()))
+
+
+def test_len_reward_prefers_the_shorter():
+    completions = [BOX, BOX + "x" * 10, WRONG_BOX, WRONG_BOX + "x" * 20]  # 22, 32, 22, 42 characters
+    assert rewards.len_reward(completions, [GOLD] * 4) == pytest.approx([0.5, 0.0, 0.0, -0.5])
+    assert rewards.len_reward([BOX, BOX], [GOLD] * 2) == [0.0, 0.0]
+    assert rewards.len_reward([BOX, BOX + "x"], ["unparseable_latex"] * 2) == [None, None]
+    two_prompts = rewards.len_reward(completions, [GOLD] * 4, prompts=["p", "p", "q", "q"])
+    assert two_prompts == pytest.approx([0.5, -0.5, 0.0, -0.5])
+
+
+@pytest.mark.parametrize(
+    "content, length, value",
+    [
+        (BOX, 22, 0.5 + 0.25 * (1 + math.cos(0.22 * math.pi))),
+        (BOX, 80, 0.5 + 0.25 * (1 + math.cos(0.80 * math.pi))),
+        (WRONG_BOX, 22, -0.5 - 0.25 * (1 + math.cos(0.22 * math.pi))),
+        (WRONG_BOX, 80, -0.5 - 0.25 * (1 + math.cos(0.80 * math.pi))),
+        (BOX, 100, 0.5),
+        (BOX, 200, 0.5),  # Open R1's turns back to 1.0 here
+        (WRONG_BOX, 200, -0.5),
+    ],
+)
+def test_cosine_scaled_reward(content, length, value):
+    reward = rewards.get_cosine_scaled_reward(max_len=100)
+    assert reward([content.ljust(length)], solution=[GOLD]) == pytest.approx([value])
+    assert reward([content], solution=["no mathematics"]) == [None]
+
+
+def test_repetition_penalty_reward():
+    for size, penalty, text, value in [
+        (2, -1.0, "this is a test sentence", 0.0),
+        (2, -1.0, "this this this this this", -0.75),
+        (2, -1.0, "this is a This IS a test", -1 / 3),
+        (3, -0.5, "test test test test", -0.25),
+        (3, -1.0, "A B C A B C E F G A B C A B C", -5 / 13),
+        (3, -1.0, "two words", 0.0),
+        (3, -1.0, "", 0.0),
+    ]:
+        assert rewards.get_repetition_penalty_reward(size, penalty)([text]) == pytest.approx([value])
+    with pytest.raises(ValueError, match="max_penalty 1.5 should not be positive"):
+        rewards.get_repetition_penalty_reward(ngram_size=2, max_penalty=1.5)
+    with pytest.raises(ValueError, match="language 'fr' is not supported"):
+        rewards.get_repetition_penalty_reward(2, -1.0, language="fr")
+
+
+def test_repetition_penalty_reward_cuts_chinese_with_jieba():
+    pytest.importorskip("jieba")
+    chinese = rewards.get_repetition_penalty_reward(1, -1.0, language="zh")
+    assert chinese(["\u6211\u4eec \u6211\u4eec"]) == pytest.approx([-1 / 3])  # "we", a space, "we"
+
+
+def test_soft_overlong_punishment_is_equation_13_of_dapo():
+    reward = rewards.get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
+    lengths = {0: 0.0, 50: 0.0, 80: 0.0, 85: -0.25, 90: -0.5, 100: -1.0, 110: -1.0}
+    ids = [[1] * length for length in lengths]
+    assert reward(ids) == reward(completion_ids=ids, completions=[""] * 7) == pytest.approx(list(lengths.values()))
+    cliff = rewards.get_soft_overlong_punishment(100, 0)
+    assert cliff([[1] * 100, [1] * 101]) == [0.0, -1.0]
+
+
+def test_reward_len():
+    assert rewards.reward_len(["a" * 190, "a" * 230]) == [-10.0, -30.0]
+    fifty = rewards.reward_len(target=50)
+    assert fifty.__name__ == "reward_len" and fifty(["a" * 20], prompts=["p"]) == [-30.0]
+
+
+# ------------------------------------------------------------------------------------------------- a reward model
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tiny_folder, tmp_path_factory):
+    """A classifier with one label, untrained, with the embedded task's tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    config = transformers.AutoConfig.from_pretrained(tiny_folder, num_labels=1)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    folder = tmp_path_factory.mktemp("models") / "judge"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_model_judges_a_batch_as_it_judges_one(judge_folder):
+    completions = ["1+1=2", "<think>12+34=46</think><answer>46</answer>", "7", "", "3*3=9 and 4"]
+    prompts = ["1+1", "12+34", "7", "5", "3*3"]
+    reward = rewards.reward_model(str(judge_folder) + "/", batch_size=2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(judge_folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(judge_folder).double()
+    alone = []
+    for prompt, completion in zip(prompts, completions):
+        ids = torch.tensor([tokenizer(prompt + completion, add_special_tokens=False).input_ids])
+        hidden = model.model(ids).last_hidden_state[0, -1]
+        alone.append((model.score.weight @ hidden).item())
+    values = compute_rewards([reward], completions, prompts=prompts)[0][0]
+    assert reward.__name__ == "judge" and len(set(values)) == 5
+    assert values == pytest.approx(alone, rel=1e-4, abs=1e-6)
+
+
+def test_a_reward_model_with_several_labels_is_refused(judge_folder, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(judge_folder, num_labels=2)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(judge_folder).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 2 labels: expected 1"):
+        rewards.reward_model(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------- TRL
+# Three functions as they are written for TRL: extra keywords swallowed, a column by name, None for another task's rows.
+
+
+def longer_is_better(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def ends_with_the_answer(prompts, completions, ground_truth, **kwargs):
+    found = [re.search(r"(-?\d+)\D*$", completion) for completion in completions]
+    return [1.0 if match and match.group(1) == truth else 0.0 for match, truth in zip(found, ground_truth)]
+
+
+def mathematics_only(completions, task, **kwargs):
+    return [float("=" in completion) if kind == "math" else None for completion, kind in zip(completions, task)]
+
+
+def test_reward_functions_written_for_trl_run_unchanged():
+    functions = list(load_rewards([longer_is_better, ends_with_the_answer, mathematics_only]))
+    columns = {"ground_truth": ["4", "5"], "task": ["math", "code"]}
+    check_rewards(functions, columns)
+    values, _ = compute_rewards(
+        functions, ["2+2=4", "print(5)!"], prompts=["2+2", "p"], completion_ids=[[1, 2], [3]], **columns
+    )
+    assert values[:2] == [[2.0, 1.0], [1.0, 1.0]]
+    assert values[2][0] == 1.0 and math.isnan(values[2][1])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_ours_run_inside_trls_trainer(chat, tiny_folder, tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    prompt = [{"role": "user", "content": "What is 1+1?"}] if chat else "1+1"
+    data = datasets.Dataset.from_list([{"prompt": prompt, "answer": "2", "solution": "$2$"}] * 4)
+    functions = [
+        reward_correct,
+        reward_format,
+        rewards.accuracy_reward,
+        rewards.get_cosine_scaled_reward(),
+        rewards.get_soft_overlong_punishment(8, 4),
+        rewards.reward_len(target=20),
+    ]
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, num_generations=4, use_cpu=True,
+        max_completion_length=8, logging_steps=1, report_to=[], bf16=False, save_strategy="no",
+    )
+    trainer = trl.GRPOTrainer(model=tiny_folder, reward_funcs=functions, args=config, train_dataset=data)
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "rewards/reward_len/mean" in entry)
+    assert log["rewards/reward_format/mean"] == -1.0 and log["rewards/accuracy_reward/mean"] == 0.0
+    assert -1.0 <= log["rewards/soft_overlong_punishment_reward/mean"] <= 0.0
+    assert log["rewards/cosine_scaled_reward/mean"] < -0.5 and log["rewards/reward_len/mean"] < 0
