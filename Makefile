@@ -8,10 +8,14 @@ demo: .venv/ready
 	python examples/arithmetic.py
 	examples/demo.sh $(DEMO)
 
-test: .venv/ready
+test: .venv/ready-for-tests
 	python -m pytest -q tests
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/ready-for-tests: .venv/ready requirements-test.txt
+	.venv/bin/pip install --quiet --requirement requirements-test.txt
 	touch $@

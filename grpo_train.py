@@ -311,9 +311,9 @@ def main():
         if rank == 0:
             report.write(OUTPUT_DIR, "metrics", [metrics])
             report.write(OUTPUT_DIR, "completions", [
-                {"step": step, "prompt": row["text"], "completion": text, "advantage": sample_["advantage"],
+                {"step": step, "prompt": row["text"], "completion": text, "advantage": s["advantage"].mean().item(),
                  **{function.__name__: value for function, value in zip(rewards, column.tolist())}}
-                for row, text, sample_, column in zip(rows[:GROUP_SIZE], texts, samples, values.T)])
+                for row, text, s, column in zip(rows[:GROUP_SIZE], texts, samples, values.T)])
             progress.set_postfix_str(report.one_line(metrics))
         if SAVE_EVERY and rank == 0 and (step % SAVE_EVERY == 0 or step == STEPS):
             save(model, tokenizer, step)

@@ -72,6 +72,25 @@ def test_the_main_job_learns_and_leaves_what_it_promises(launch, embedded, tmp_p
     assert read(tmp_path / "run/metrics.jsonl") == history
 
 
+def test_process_supervision_alone_teaches_the_embedded_task(launch, embedded, tmp_path):
+    # a reward for each written step and none for the answer, which is only logged
+    run = launch(
+        "grpo_train.py",
+        *data(embedded),
+        "REWARDS=0*reward_correct,examples.steps:reward_steps",
+        f"OUTPUT_DIR={tmp_path}",
+        "BETA=0",
+        "STEPS=20",
+        "SAVE_EVERY=0",
+    )
+    code, text = run.wait(400)
+    assert code == 0, text
+    history = read(tmp_path / "metrics.jsonl")
+    assert history[0]["eval_accuracy"] <= 0.5 and history[20]["eval_accuracy"] >= 0.9
+    assert history[20]["reward"] == history[20]["reward/reward_steps"] > history[1]["reward/reward_steps"]
+    assert history[20]["kl"] == 0.0
+
+
 def test_processes_zero_stage_and_micro_batches_do_not_change_the_update(launch, embedded, tmp_path):
     # BETA=0 contacts no reference server: there is none at this address.
     common = [

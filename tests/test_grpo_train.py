@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import grpo_train
-from grpo_train import GRPO_step, epoch_order, group_advantages, pack
+import report
+from grpo_train import GRPO_step, epoch_order, group_advantages, pack, set_advantages
 from ref_server import micro_batches, token_logps
 
 
@@ -25,9 +26,9 @@ def make_batch(lens, advantages, completions_in_step, ref_logps):
     )
     return {
         "rows": rows,
-        "advantage": torch.tensor(advantages),
+        "advantage": torch.tensor(advantages).repeat_interleave(rows[2]),
         "ref_logps": torch.tensor(ref_logps),
-        "weight": torch.tensor([1 / (n * completions_in_step) for n in lens]),
+        "weight": torch.tensor([1 / (n * completions_in_step) for n in lens]).repeat_interleave(rows[2]),
     }
 
 
@@ -64,7 +65,7 @@ def test_kl_is_zero_and_the_ratio_one_before_the_first_update():
 def test_a_filler_of_weight_zero_adds_nothing():
     leaf = torch.tensor([-0.5, -1.5], requires_grad=True)
     batch = make_batch([2], [2.0], 1, [-3.0, -3.0])
-    loss, sums = GRPO_step(lambda *rows: leaf, batch | {"weight": torch.tensor([0.0])})
+    loss, sums = GRPO_step(lambda *rows: leaf, batch | {"weight": torch.zeros(2)})
     loss.backward()
     assert not leaf.grad.any() and not any(sums.values())
 
@@ -82,16 +83,54 @@ def test_equal_rewards_give_no_advantage_whatever_the_rounding():
     assert not group_advantages(torch.full((3, 7), 0.1)).any()
 
 
+def test_process_supervision_gives_each_token_the_steps_that_end_at_or_after_it(tiny):
+    # DeepSeekMath, section 4.1.3, by hand: three completions of a group, steps that end after so many characters
+    _, tokenizer = tiny
+    texts = ["12+34=46, 5", "1+1=3", "77"]
+    steps = [[(3, 1.0), (8, -0.5), (11, 2.0)], [(5, -1.0)], []]
+    outcomes, weight = [1.0, 0.0, 0.5], 0.25
+    samples = [{"completion": torch.tensor(tokenizer(text).input_ids + [tokenizer.eos_token_id])} for text in texts]
+    set_advantages(samples, torch.tensor(outcomes, dtype=torch.float64), [steps], [weight], tokenizer)
+
+    rewards = [reward for its_steps in steps for _, reward in its_steps]
+    mean, std = statistics.mean(rewards), statistics.stdev(rewards)
+    outcome_mean, outcome_std = statistics.mean(outcomes), statistics.stdev(outcomes)
+    for sample, its_steps, outcome in zip(samples, steps, outcomes):
+        pieces = [tokenizer.decode([token]) for token in sample["completion"].tolist()]
+        expected, written = [], 0
+        for piece in pieces:  # a token belongs to a step as long as it starts before the step's end
+            later = sum((reward - mean) / (std + 1e-4) for end, reward in its_steps if end > written)
+            expected.append((outcome - outcome_mean) / (outcome_std + 1e-4) + weight * later)
+            written += len(piece)
+        assert sample["advantage"].tolist() == pytest.approx(expected, rel=1e-6)
+        assert expected[-1] == pytest.approx((outcome - outcome_mean) / (outcome_std + 1e-4))  # EOS ends no step
+
+
+def test_without_steps_every_token_has_the_advantage_of_its_completion(tiny):
+    samples = [{"completion": torch.zeros(n, dtype=torch.long)} for n in (1, 3)]
+    set_advantages(samples, torch.tensor([0.0, 2.0], dtype=torch.float64), [[[], []]], [1.0], tiny[1])
+    advantage = 1 / (math.sqrt(2) + 1e-4)
+    assert samples[0]["advantage"].tolist() == pytest.approx([-advantage])
+    assert samples[1]["advantage"].tolist() == pytest.approx([advantage] * 3)
+
+
+def test_a_function_that_does_not_apply_is_left_out_of_the_mean():
+    sums = {"reward": 6.0, "reward/a": 3.0, "count reward/a": 2, "reward/b": 0.0, "count reward/b": 0}
+    means = report.means(sums, 4)
+    assert means["reward"] == 1.5 and means["reward/a"] == 1.5 and math.isnan(means["reward/b"])
+    assert means.keys() == {"reward", "reward/a", "reward/b"}
+
+
 def random_samples(tokenizer, count):
     generator = torch.Generator().manual_seed(1)
     lens = torch.randint(1, 9, (count, 2), generator=generator).tolist()
     return [
         {
             "prompt": torch.randint(len(tokenizer), (p,), generator=generator),
-            "advantage": float(i % 4) - 1.5,
+            "advantage": torch.full((c,), float(i % 4) - 1.5),
             "completion": torch.randint(len(tokenizer), (c,), generator=generator),
             "length": p + c,
-            "weight": 1 / (c * count),
+            "weight": torch.full((c,), 1 / (c * count)),
         }
         for i, (p, c) in enumerate(lens)
     ]
@@ -100,7 +139,7 @@ def random_samples(tokenizer, count):
 def gradients(model, batches):
     model.zero_grad()
     for samples in batches:
-        batch = {key: torch.tensor([s[key] for s in samples]) for key in ("advantage", "weight")}
+        batch = {key: torch.cat([s[key] for s in samples]) for key in ("advantage", "weight")}
         batch |= {"rows": pack(samples), "ref_logps": torch.cat([s["ref"] for s in samples])}
         GRPO_step(lambda *rows: token_logps(model, *rows), batch)[0].backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -126,7 +165,7 @@ def test_dropping_a_group_without_signal_changes_nothing_but_its_kl(tiny, monkey
     for sample in samples:
         sample["ref"] = torch.zeros(len(sample["completion"]))
     for sample in samples[:4]:
-        sample["advantage"] = 0.0
+        sample["advantage"] = torch.zeros(len(sample["completion"]))
     with_group, without = gradients(model, [samples]), gradients(model, [samples[4:]])
     assert (with_group - without).norm() < 1e-6 * without.norm()
 

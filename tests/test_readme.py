@@ -1,10 +1,12 @@
 """The README's table of constants is complete and true."""
+import inspect
 import re
 
 from conftest import ROOT
 
 import grpo_train
 import ref_server
+import rewards
 
 
 def test_every_constant_is_in_the_table_with_its_default():
@@ -16,3 +18,10 @@ def test_every_constant_is_in_the_table_with_its_default():
         assert type(value)(rows[name].strip() != "False" and rows[name].strip()) == value, name
     for name in vars(ref_server):
         assert not name.isupper() or f"`{name}`" in text, name
+
+
+def test_every_reward_function_is_in_the_table():
+    text = (ROOT / "README.md").read_text()
+    for name, function in vars(rewards).items():
+        public = name.startswith(("reward_", "get_")) or name.endswith("_reward")
+        assert not (public and inspect.isfunction(function)) or f"\n| `{name}" in text, name
