@@ -20,8 +20,8 @@ def gsm8k_like(rng: random.Random) -> tuple[str, str]:
     """A completion of 100 to 200 words with an answer as language models write them, and a gold answer as GSM8K's."""
     gold = rng.choice([rng.randint(1, 200), rng.randint(200, 100_000), round(rng.uniform(1, 100), 2)])
     answer = gold if rng.random() < 0.5 else rng.randint(1, 1000)
-    forms = ["{:,}", "${}", "\\${}", "**{}**", "{} dollars", "{}.", "The answer is {}.", "x = {}", "\\boxed{{{}}}", "{} or {}",
-             "There are {} apples left.", "{}/2 = {}"]
+    forms = ["{:,}", "${}", "\\${}", "**{}**", "{} dollars", "{}.", "The answer is {}.", "x = {}", "\\boxed{{{}}}",
+             "{} or {}", "There are {} apples left.", "{}/2 = {}"]
     form = rng.choice(["{}"] * 4 + forms)
     work = " ".join(rng.choice("so we add the number of apples and get 12 + 30 = 42 which is then doubled".split())
                     for _ in range(rng.randint(100, 200)))
