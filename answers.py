@@ -113,7 +113,7 @@ def clean(text: str) -> str:
     lead_in = LEAD_IN.match(text)
     if lead_in and not HEDGE.search(lead_in[0]):
         text = text[lead_in.end():]
-    if re.search(r"(?![0-9])\d", text):  # digits of other scripts, which Python takes for numbers
+    if re.search(r"(?![0-9])\d|@", text):  # digits of other scripts, which Python takes for numbers; our own mark
         return ""
     return " ".join(text.strip(" *_`#:='").rstrip(".,; *_'").split())
 
@@ -139,8 +139,9 @@ def date(text: str) -> list | None:
     month = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
     if len(text) > 40 or not re.search(rf"(?i)\d:\d\d|\d/\d+/\d|\d ?[ap]m\b|\d-\d\d?-\d|\b(?:{month})", text):
         return None
+    defaults, zones = (datetime(1999, 1, 1), datetime(2000, 2, 2)), re.findall(r"\b[A-Z]{1,3}T\b|\bUTC\b", text)
     try:
-        return [dates.parse(text, default=default) for default in (datetime(1999, 1, 1), datetime(2000, 2, 2))]
+        return [*zones, *(dates.parse(text, default=default, ignoretz=True) for default in defaults)]
     except (ValueError, OverflowError):
         return None
 
@@ -157,7 +158,7 @@ NUMERALS = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<=[a-z]) ?/ ?(?=[a-z])", " "),
 )]
 NUMBER = re.compile(r"(?P<sign>[-+]?) ?(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?:\.(?P<decimals>\d*)(?:~(?P<repeated>\d+))?)?"
-                    r"(?:@(?P<exponent>[-+]?\d+))?"
+                    r"(?:@(?P<exponent>[-+]?\d{1,3}))?"
                     r"(?: ?/ ?(?P<over>0*[1-9]\d*)| (?P<top>\d+) ?/ ?(?P<bottom>0*[1-9]\d*))? ?(?P<percent>%?)")
 
 
