@@ -22,7 +22,7 @@ SPELLINGS = {  # what is written in the end: LaTeX commands (without the backsla
     "{": "lbrace", "}": "rbrace", "(": "langle ⟨", ")": "rangle ⟩", "<": "lt", ">": "gt",
     r"\frac": "dfrac tfrac cfrac", r"\sqrt ": "√", r"\pi ": "π", r"\theta ": "θ", r"\infty ": "∞", r"\pm ": "±",
     r"\cup ": "bigcup ∪", r"\in ": "∈", r"\emptyset ": "varnothing ∅", r"\ne ": "neq ≠",
-    r"\le ": "leq leqslant ≤", r"\ge ": "geq geqslant ≥",
+    r"\le ": "leq leqslant ≤ ⩽", r"\ge ": "geq geqslant ≥ ⩾",
     " degree ": "circ degree °", " dollar ": "$", " euro ": "€", " pound ": "£", " yen ": "¥", " cent ": "¢",
     " 1/2": "½", " 1/4": "¼", " 3/4": "¾", " 1/3": "⅓", " 2/3": "⅔", r"(-\infty,\infty)": "ℝ",
 }
@@ -41,19 +41,20 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<=[\w)}\]])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^{" + match[0].translate(SMALL) + "}"),
     (r"(?<=[\w)}\]])[₀-₉]+", lambda match: "_" + match[0].translate(SMALL)),
     (r"\\mathbb ?\{?R\}?|\ball real numbers\b", r"(-\\infty,\\infty)"),
-    (r"\\(?:text\w*|math\w+|mbox|operatorname|emph|vec|f?box(?:ed)?)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\(?:text\w*|math\w+|mbox|operatorname|emph|vec|hat|f?box(?:ed)?)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\f?box(?:ed)?\s*\{(.*)\}", r"\1"),
     (r"\\([A-Za-z]+|[^A-Za-z])|[^\x00-\x7f]",
      lambda match: SPELLING.get(match[1] or match[0], match[0] if (match[1] or "a").isalpha() else match[1])),
     (r"^\s*[$]\s*(?=[^$]*$)|(?<=\s)[$](?=\d[^$]*$)|^-[$](?=[^$]*$)", lambda match: match[0].replace("$", " dollar ")),
     (r"[\s$~]+", " "), (r"^ +| +$", ""),
     (r"\*\*(?=[\w({-])(?<=[\w)}]\*\*)", "^"),
-    (r"\*\*|__|[`\"]", ""),
+    (r"\*\*|__|[`\"]", ""), (r"^'(.*)'$", r"\1"),
     (r"\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+) ?\}|\{([\d,]+)\}/\{([\d,]+)\}", r"\1\3/\2\4"),
-    (r"(?<![A-Za-z\\])([ap])\.? ?m\b\.?", r" \1m"), (r"(?:\b12 )?\bnoon\b", "12:00 pm"), (r"\bmidnight\b", "12:00 am"),
-    (r"\^ ?\{? ?degree ?\}?|\bdegrees\b", " degree "), (r"(?i)\s*\b(?:per ?cent|percentage|pct)\b", "%"),
+    (r"(?<![A-Za-z\\])([ap])\.? ?m\b\.?", r" \1m"), (r"(?i)(?:\b12 )?\bnoon\b", "12:00 pm"),
+    (r"(?i)\bmidnight\b", "12:00 am"), (r"(?i) is (?:the|my) (?:final |correct )?answer\.?$", ""),
+    (r"\^ ?\{? ?degree ?\}?|\bdegrees\b", " degree "), (r"(?i)(?<=[\d}]) ?\b(?:per ?cent|pct)\b", "%"),
     (r"\bmph\b", "mile hour"), (r"\bkph\b", "km hour"), (r"\b(?:and )?(?:a|one)[- ]half\b", "1/2"),
-    (r"(?<=\d)(?:\{,\}|(?<!\d{4}) )(?=\d{3}(?!\d))", ","),
+    (r"\{([:,])\}", r"\1"), (r"(?<=\d)(?<!\d{4}) (?=\d{3}(?!\d))", ","),
     (r"\b0b([01]+)", r"\1_2"), (r"\b0x([\dA-F]+)", r"\1_16"), (r" ?\(?\b(?:in )?base (\w+)\)?", r"_\1"),
     (r"\(([\dA-Z]+)\)_", r"\1_"),
     (r"(?<=[\d }])([ckm]?m|in|ft|yd|inch|inches|foot|feet|(?:centi|kilo|milli)?met(?:er|re)s?) ?\^ ?\{?([23])\}?(?!\w)",
@@ -68,14 +69,16 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
 )]
 LEAD_IN = re.compile(  # "So the final answer is", "Option", "The area is exactly", "Total =", "AB =", "It ends at"
     r"(?i)(?:(?:so|thus|hence|therefore),? +)?(?:"
-    r"(?:[a-z',()]+ +){0,9}?(?:is|are|be|equals?|at(?= \d))\b:? *(?:exactly )?|"
+    r"(?:[a-z',()]+ +){0,9}?(?:is|are|be|equals?)\b:? *(?:exactly )?|"
+    r"(?:[a-z',()]+ +){1,9}?(?:at|ha[sd]|have|makes?|takes?|measures?|costs?|earns?|gets?|pays?)(?= (?:dollar )?\d)|"
     r"(?:the |final |correct )*(?:answer|result|option|choice)s?\b\W*?[:=]? *|"
     r"(?:\\angle ?|∠)?[a-z]{2,} ?= ?)?")
 HEDGE = re.compile(
-    r"(?i)\b(?:or|not|never|about|approximately|roughly|around|maybe|perhaps|possibl[ey]|probably|either|neither|but|"
-    r"if|unless|between|than|least|most|except|cannot|can't|could|might|wrong|incorrect|twice|half (?:of|the)|any|"
-    r"square of|root|divisible|multiple|factor|\d+(?:st|nd|rd|th)|plus|minus|times|first|step|cases?)\b|n't\b|\?|"
-    r"\\approx|\.\.")
+    r"(?i)\b(?:or|not|never|about|approx\w*|roughly|around|maybe|perhaps|possibl[ey]|probably|either|neither|but|if|"
+    r"unless|between|than|least|most|less|more|fewer|over|under|nearly|almost|rounded|estimate\w*|too|except|cannot|"
+    r"can't|could|might|wrong|incorrect|twice|doubled?|tripled?|halved|half (?:of|the)|square of|root|divisible|any|"
+    r"multiple|factor|\d+(?:st|nd|rd|th)|plus|minus|times|first|step|cases?)\b|n't\b|\?|\\approx|\.\.|"
+    r"\d ?-?(?:squared|cubed|ish)\b|\d ?'")
 NAMES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -88,9 +91,10 @@ UNITS = {word: line.split()[0] for line in """degree deg; dollar usd buck; euro 
 m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre; inch inche; foot feet ft;
 yard yd; mile mi; g gram; kg kilogram; mg milligram; oz ounce; ton tonne; l liter litre; ml milliliter millilitre;
 s second sec; min minute; h hour hr; day; week wk; month; year yr; square sq squared; cubic cu cubed; radian rad; unit;
-c celsius; f fahrenheit""".split(";") for word in line.split()}
+c celsius; f fahrenheit; n newton; k kelvin; ohm""".split(";") for word in line.split()}
 FILLER = set("a an the is are there of in it per all total altogether has have had will be exactly only just left each "
-             "so on and".split())
+             "so on and he she they we i you gets needs pays spent costs".split())
+CURRENCIES = {"dollar", "euro", "pound", "yen", "cent"}
 UNIT_TAIL = re.compile(rf"(?i)(?:[ /]+(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})s?)+$")
 RELATION = re.compile(r" ?(<|>|\\le\b|\\ge\b) ?")
 ASSIGNED = re.compile(  # the name in front of the only "=" or "\in"
@@ -109,13 +113,13 @@ def clean(text: str) -> str:
         return ""
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
-    text = text.strip(" *_`#:='").rstrip(".,; *_'")
+    text = text.strip(" *_`#:=").rstrip(".,; *_")
     lead_in = LEAD_IN.match(text)
     if lead_in and not HEDGE.search(lead_in[0]):
         text = text[lead_in.end():]
     if re.search(r"(?![0-9])\d|@", text):  # digits of other scripts, which Python takes for numbers; our own mark
         return ""
-    return " ".join(text.strip(" *_`#:='").rstrip(".,; *_'").split())
+    return " ".join(text.strip(" *_`#:=").rstrip(".,; *_").split())
 
 
 def unit(word: str) -> str:
@@ -167,14 +171,14 @@ def quantity(text: str) -> tuple[Fraction, str, frozenset] | None:
     """One number, exactly: its value, "%" if it is a percentage, and the words beside it, units in one spelling."""
     based = re.fullmatch(r"([0-9A-Z]+)_(\w+)", text)
     if based:
-        base = SPELLED.get(based[2].lower()) or int(based[2] if based[2].isdigit() else 0)
+        base = SPELLED.get(based[2].lower()) or int(based[2] if based[2].isdecimal() else 0)
         valid = 2 <= base <= 36 and all(int(digit, 36) < base for digit in based[1])
         return (Fraction(int(based[1], base)), "", frozenset([f"base {base}"])) if valid else None
     if HEDGE.search(text):
         return None
     for pattern, replacement in NUMERALS:
         text = pattern.sub(replacement, text)
-    number = NUMBER.fullmatch(" ".join(re.sub(r"[A-Za-z']+", " ", text).split()))
+    number = NUMBER.fullmatch(" ".join(re.sub(r"[A-Za-z][A-Za-z']*", " ", text).split()))
     if not number or not (number["whole"] or number["decimals"] or number["repeated"]):
         return None
     whole, decimals, repeated = number["whole"].replace(",", ""), number["decimals"] or "", number["repeated"] or "0"
@@ -182,7 +186,12 @@ def quantity(text: str) -> tuple[Fraction, str, frozenset] | None:
     value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(decimals))
     value = value / int(number["over"] or 1) + Fraction(int(number["top"] or 0), int(number["bottom"] or 1))
     units = set()
-    for word in map(str.lower, re.findall(r"[A-Za-z']+", text)):
+    for match in re.finditer(r"[A-Za-z][A-Za-z']*", text):
+        word, is_before = match[0].lower(), not re.search(r"\d", text[: match.start()])
+        if is_before and word not in FILLER and unit(word) not in CURRENCIES:  # "double 36", "almost 100"
+            return None
+        if len(word) == 1 and text[match.start() - 1].isdigit():  # 5m may be a product
+            return None
         if word in SCALES:
             value *= SCALES[word]
         elif len(word) <= 2 and unit(word) == word not in UNITS and word not in FILLER:  # a variable
@@ -304,7 +313,7 @@ def same(gold: str, answer: str, verify) -> bool:
     gold, answer = golds[0], answers[0]
 
     tails = [UNIT_TAIL.search(text) for text in (gold, answer)]
-    if any(tails):
+    if any(tails) and not HEDGE.search(answer):
         units = [frozenset(map(unit, re.findall("[A-Za-z]+", tail[0] if tail else ""))) for tail in tails]
         return same_units(*units) and same(UNIT_TAIL.sub("", gold), UNIT_TAIL.sub("", answer), verify)
     if is_prose(gold) or is_prose(answer):
