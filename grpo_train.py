@@ -6,8 +6,8 @@
     python grpo_train.py                                        # one process, for a debugger
 
 One step samples a group of completions for each prompt, rewards them, turns each group's rewards into advantages and
-takes one AdamW step on the clipped objective with a KL penalty towards the reference model. It is on-policy: a batch is
-used for one update. There is no value model and no replay. Read `main()` first; `GRPO_step` is the loss.
+takes AdamW steps, usually one, on the clipped objective with a KL penalty towards the reference model. There is no
+value model and no replay. Read `main()` first; `GRPO_step` is the loss, with the variants that have names of their own.
 """
 import os
 import random
@@ -47,10 +47,15 @@ MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
 TEMPERATURE = 1.0  # of sampling and of every log-prob; below 1 explores less
 
 # Loss
-LOSS_TYPE = "grpo"  # the mean over a completion's tokens, then over completions
+LOSS_TYPE = "grpo"  # how tokens are weighted: grpo, dr_grpo, dapo, bnpo, cispo; see `token_weights` and `GRPO_step`
+IMPORTANCE = "token"  # the ratio of each "token", or of the whole "sequence" (GSPO)
+ADVANTAGE_SCALE = "group"  # what divides advantages: the std of the "group", of the whole "batch", or "none" (Dr. GRPO)
 BETA = 0.005  # weight of the KL penalty; 0 needs no reference server; DeepSeekMath used 0.04
 CLIP_LOW = 0.2  # the ratio is clipped to 1 - CLIP_LOW ...
-CLIP_HIGH = 0.2  # ... 1 + CLIP_HIGH
+CLIP_HIGH = 0.2  # ... 1 + CLIP_HIGH; DAPO: 0.28
+ENTROPY_BONUS = 0.0  # weight of the entropy; 0.001 keeps a policy from settling too early
+UPDATES_PER_BATCH = 1  # AdamW steps on each batch; only with more of them is there anything to clip
+MASK_TRUNCATED = False  # completions that were cut off teach nothing (DAPO's overlong filtering)
 
 # Optimizer and memory
 LR = 5e-5  # 1e-6 for pre-trained models with full fine-tuning
@@ -95,21 +100,38 @@ def epoch_order(epoch: int, size: int) -> list[int]:
     return random.Random(f"{SEED} {epoch}").sample(range(size), size)
 
 
-def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """(r - mean) / (std + 1e-4) in each group (P, G), sample standard deviation; DeepSeekMath, section 4.1.2."""
-    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+def group_advantages(rewards: torch.Tensor, batch_std: float | None = None) -> torch.Tensor:
+    """(r - mean) / (std + 1e-4) in each group (P, G), sample standard deviation; DeepSeekMath, section 4.1.2.
+
+    ADVANTAGE_SCALE "batch" divides by `batch_std` where it is given, "none" by nothing (Dr. GRPO, arXiv 2503.20783).
+    """
+    std = rewards.std(1, keepdim=True) if batch_std is None or ADVANTAGE_SCALE == "group" else batch_std
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (1 if ADVANTAGE_SCALE == "none" else std + 1e-4)
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
     return advantages.masked_fill(equal, 0.0)  # exactly, whatever the rounding of the mean
 
 
-def set_advantages(samples: list[dict], outcomes: torch.Tensor, steps: list, weights, tokenizer) -> None:
+def token_weights(lengths: list[int], tokens_in_step: float) -> list[float]:
+    """A token's weight in the loss, for completions of these lengths: all the normalising there is, so that the losses
+    and gradients of micro-batches and processes add up to those of the step, however it is split.
+
+    grpo: 1 / (length * completions), the mean over a completion's tokens, then over completions (DeepSeekMath, eq. 3).
+    dr_grpo: 1 / (MAX_COMPLETION_TOKENS * completions), no preference for short ones (arXiv 2503.20783, section 3.2).
+    dapo, bnpo, cispo: 1 / (tokens of the step), the mean over all of them (DAPO, arXiv 2503.14476, eq. 12).
+    """
+    completions = PROMPTS_PER_STEP * GROUP_SIZE
+    by_length = {"grpo": lambda n: n * completions, "dr_grpo": lambda n: MAX_COMPLETION_TOKENS * completions}
+    return [1 / by_length.get(LOSS_TYPE, lambda n: max(1, tokens_in_step))(length) for length in lengths]
+
+
+def set_advantages(samples: list[dict], outcomes: torch.Tensor, steps: list, weights, batch_std: float, tokenizer):
     """The advantage of each token (T,) of a group's samples.
 
     That of the completion's outcome, normalised from the rewards (G,); and of each reward function that judges steps
     (G lists of (end_character, reward)) its weight times the sum of the rewards, normalised over all steps of the
     group, of the steps that end at or after the token: process supervision, DeepSeekMath, section 4.1.3.
     """
-    for sample_, advantage in zip(samples, group_advantages(outcomes[None])[0].tolist()):
+    for sample_, advantage in zip(samples, group_advantages(outcomes[None], batch_std)[0].tolist()):
         sample_["advantage"] = torch.full((len(sample_["completion"]),), advantage)
     for group_steps, weight in zip(steps, weights):
         flat = [(sample_, *step) for sample_, its_steps in zip(samples, group_steps) for step in its_steps]
@@ -125,26 +147,36 @@ def pack(samples: list[dict], device="cpu") -> list[torch.Tensor]:
     return [tensor.to(device) for tensor in (tokens, *lens)]
 
 
-def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
-    """The GRPO loss of a micro-batch (DeepSeekMath, equations 3 and 4), and sums over its C completion tokens to log.
+def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """The loss of a micro-batch, its log-probs (C,), and sums over its C completion tokens to log.
 
-    batch: rows (see `pack`), advantage (C,), weight (C,), ref_logps (C,) if BETA.
-    loss = sum of weight * (BETA * (exp(d) - d - 1) - min(ratio * A, clip(ratio) * A)), d = ref_logps - logps.
-    A token's weight, 1 / (length of its completion * completions in the whole step), is all the normalising there is,
-    so that the losses and gradients of micro-batches and processes add up to those of the step.
+    batch: rows (see `pack`), advantage (C,), weight (C,) (see `token_weights`), ref_logps (C,) if BETA, and old_logps
+    (C,) of the policy that sampled, if it is no longer this one.
+    loss = sum of weight * (BETA * (exp(d) - d - 1) - surrogate), d = ref_logps - logps; DeepSeekMath, eq. 3 and 4.
+    surrogate = min(ratio * A, clip(ratio) * A); ratio = exp(logps - old_logps), or its geometric mean over the
+    completion if IMPORTANCE is "sequence" (GSPO, arXiv 2507.18071, eq. 5 and 7).
+    cispo: surrogate = clip(ratio) * A * logps, the ratio as a constant (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
+    ENTROPY_BONUS adds -logps * ratio, these logps as a constant: in expectation its gradient is the entropy's.
     """
     logps = policy(*batch["rows"])  # (C,)
-    advantage, weight = batch["advantage"], batch["weight"]
-    ratio = (logps - logps.detach()).exp()  # one update a batch: the policy is still the one that sampled
-    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
-    log_ratio = batch["ref_logps"] - logps if BETA else torch.zeros_like(logps)
-    kl = torch.expm1(log_ratio) - log_ratio
-    loss = ((BETA * kl - surrogate) * weight).sum()
+    advantage, weight, lens = batch["advantage"], batch["weight"], batch["rows"][2]
+    log_ratio = logps - batch.get("old_logps", logps.detach())
+    if IMPORTANCE == "sequence":
+        log_ratio = torch.segment_reduce(log_ratio, "mean", lengths=lens).repeat_interleave(lens)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+    surrogate = torch.min(ratio * advantage, clipped * advantage)
+    if LOSS_TYPE == "cispo":
+        surrogate = clipped.detach() * advantage * logps
+    ref_log_ratio = batch["ref_logps"] - logps if BETA else torch.zeros_like(logps)
+    kl = torch.expm1(ref_log_ratio) - ref_log_ratio
+    loss = ((BETA * kl - surrogate + ENTROPY_BONUS * logps.detach() * ratio) * weight).sum()
+
     real = weight > 0
+    low, high = real & (ratio < 1 - CLIP_LOW) & (advantage < 0), real & (ratio > 1 + CLIP_HIGH) & (advantage > 0)
     sums = {"loss": loss, "tokens": real.sum(), "kl": kl[real].sum(), "entropy": -logps[real].sum(),
-            "clip_low_frac": (real & (ratio < 1 - CLIP_LOW) & (advantage < 0)).sum(),
-            "clip_high_frac": (real & (ratio > 1 + CLIP_HIGH) & (advantage > 0)).sum()}
-    return loss, {name: value.item() for name, value in sums.items()}
+            "clip_low_frac": low.sum(), "clip_high_frac": high.sum(), "clip_region_frac": (low | high).sum()}
+    return loss, logps.detach(), {name: value.item() for name, value in sums.items()}
 
 
 # ------------------------------------------------------------------------------------------------- around the loop
@@ -179,6 +211,38 @@ def score(rewards: dict, rows: list[dict], completions: list, tokenizer):
     return texts, values, steps, totals, outcomes, sums
 
 
+def add_gradients(engine, samples: list[dict], kept: list[dict], seconds: Counter) -> Counter:
+    """The gradients of the step's loss, from the samples that have a signal: sums to log.
+
+    Each backward pass may be a collective operation, so every process makes as many: those with fewer micro-batches
+    fill up with one of weight zero.
+    """
+    batches, sums, device = micro_batches(kept, MICRO_BATCH_TOKENS), Counter(), engine.device
+    most = reduce({"batches": len(batches)}, dist.ReduceOp.MAX)["batches"]
+    while len(batches) < max(1, most):
+        batches.append([{**samples[0], "weight": 0 * samples[0]["weight"]}])
+    for micro_batch in batches:
+        with report.timed(seconds, "ref_wait"):
+            for sample_ in micro_batch if BETA else []:
+                answer, place = sample_["answer"]
+                sample_["ref_logps"] = answer.result()[place]
+        keys = [key for key in ("advantage", "weight", "ref_logps", "old_logps") if key in micro_batch[0]]
+        batch = {key: torch.cat([sample_[key] for sample_ in micro_batch]).to(device) for key in keys}
+        with report.timed(seconds, "train"):
+            loss, logps, batch_sums = GRPO_step(engine, batch | {"rows": pack(micro_batch, device)})
+            engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over processes, the loss is a sum
+        for sample_, its_logps in zip(micro_batch, logps.cpu().split([len(s["completion"]) for s in micro_batch])):
+            sample_.setdefault("old_logps", its_logps)
+        sums.update(batch_sums)
+    return sums
+
+
+def spread(values: torch.Tensor) -> float:
+    """The sample standard deviation over all processes."""
+    mean = reduce({"sum": values.sum()})["sum"] / (PROMPTS_PER_STEP * GROUP_SIZE)
+    return (reduce({"sum": (values - mean).square().sum()})["sum"] / (PROMPTS_PER_STEP * GROUP_SIZE - 1)) ** 0.5
+
+
 def evaluate(model, tokenizer, rewards: dict, rows: list[dict], stop: list[int]) -> dict[str, float]:
     """Greedy completions of the held-out rows, shared by the processes: accuracy, rewards, length, share cut off."""
     mine = rows[dist.get_rank() :: dist.get_world_size()]
@@ -205,7 +269,12 @@ def start_processes() -> tuple[int, int]:
         f"PROMPTS_PER_STEP={PROMPTS_PER_STEP} cannot be shared equally by {world} processes": PROMPTS_PER_STEP % world,
         f"GROUP_SIZE={GROUP_SIZE}: a group needs at least 2 completions to compare": GROUP_SIZE < 2,
         f"TEMPERATURE={TEMPERATURE}: sampling needs a positive one": TEMPERATURE <= 0,
-        f"LOSS_TYPE={LOSS_TYPE}: the only one is grpo": LOSS_TYPE != "grpo",
+        f"LOSS_TYPE={LOSS_TYPE}: expected grpo, dr_grpo, dapo, bnpo or cispo":
+            LOSS_TYPE not in ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"),
+        f"IMPORTANCE={IMPORTANCE}: expected token or sequence": IMPORTANCE not in ("token", "sequence"),
+        f"ADVANTAGE_SCALE={ADVANTAGE_SCALE}: expected group, batch or none":
+            ADVANTAGE_SCALE not in ("group", "batch", "none"),
+        f"UPDATES_PER_BATCH={UPDATES_PER_BATCH}: a batch is for one update at least": UPDATES_PER_BATCH < 1,
         f"ZERO_STAGE={ZERO_STAGE}: expected 0, 1 or 2; sampling needs whole weights": ZERO_STAGE not in (0, 1, 2),
         f"OUTPUT_DIR={OUTPUT_DIR} holds another run: choose another": os.path.exists(f"{OUTPUT_DIR}/metrics.jsonl"),
     }
@@ -231,7 +300,7 @@ def main():
     if GRADIENT_CHECKPOINTING:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = deepspeed.initialize(model=Policy(model).train(), config=DS_CONFIG)[0]
-    device, background = engine.device, ThreadPoolExecutor(8)
+    background = ThreadPoolExecutor(8)
     metrics = {"step": 0} | (evaluate(model, tokenizer, rewards, heldout, stop) if EVAL_EVERY else {})
     if rank == 0:
         report.write(OUTPUT_DIR, "metrics", [metrics])
@@ -249,60 +318,49 @@ def main():
             completions = sample(
                 model, [prompt["ids"] for prompt in prompts], GROUP_SIZE, max_tokens=MAX_COMPLETION_TOKENS, stop=stop,
                 temperature=TEMPERATURE, min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers])
-        completions_in_step = PROMPTS_PER_STEP * GROUP_SIZE
         rows = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
+        counts = reduce({"tokens": sum(len(c.tokens) for c in completions if c.ended or not MASK_TRUNCATED)})
+        weights = token_weights([len(completion.tokens) for completion in completions], counts["tokens"])
         samples = [{"prompt": torch.tensor(row["ids"]), "completion": completion.tokens,
                     "length": len(row["ids"]) + len(completion.tokens),
-                    "weight": torch.full((len(completion.tokens),), 1 / len(completion.tokens)) / completions_in_step}
-                   for row, completion in zip(rows, completions)]
+                    "weight": torch.full((len(completion.tokens),), weight * (completion.ended or not MASK_TRUNCATED))}
+                   for row, completion, weight in zip(rows, completions, weights)]
 
         # 3. The reference model's log-probs, in the background.
         for number, batch in enumerate(micro_batches(samples, MICRO_BATCH_TOKENS) if BETA else []):
             url = servers[(rank + number) % len(servers)]
             answer = background.submit(request_logps, url, *pack(batch), TEMPERATURE)
             for place, sample_ in enumerate(batch):
-                sample_["ref_logps"] = answer, place
+                sample_["answer"] = answer, place
 
         # 4. Rewards, and from them advantages. A group whose advantages are all zero has nothing to teach.
         with report.timed(seconds, "reward"):
             texts, values, steps, totals, outcomes, reward_sums = score(rewards, rows, completions, tokenizer)
-        kept = []
+        kept, batch_std = [], spread(outcomes)
         for start in range(0, len(samples), GROUP_SIZE):
             group = slice(start, start + GROUP_SIZE)
-            set_advantages(samples[group], outcomes[group], [row[group] for row in steps], rewards.values(), tokenizer)
-            kept += samples[group] if any(sample_["advantage"].any() for sample_ in samples[group]) else []
+            group_steps = [row[group] for row in steps]
+            set_advantages(samples[group], outcomes[group], group_steps, rewards.values(), batch_std, tokenizer)
+            kept += samples[group] if any(s["advantage"].any() for s in samples[group]) else []
 
-        # 5. Gradients, micro-batch by micro-batch. Each backward pass may be a collective operation, so every process
-        # makes as many: those with fewer micro-batches fill up with one of weight zero.
-        batches = micro_batches(kept, MICRO_BATCH_TOKENS)
-        most = reduce({"batches": len(batches)}, dist.ReduceOp.MAX)["batches"]
-        while len(batches) < max(1, most):
-            batches.append([{**samples[0], "weight": 0 * samples[0]["weight"]}])
-        for micro_batch in batches:
-            batch = {key: torch.cat([s[key] for s in micro_batch]).to(device) for key in ("advantage", "weight")}
-            batch["rows"] = pack(micro_batch, device)
-            if BETA:
-                with report.timed(seconds, "ref_wait"):
-                    answers = [answer.result()[place] for answer, place in (s["ref_logps"] for s in micro_batch)]
-                batch["ref_logps"] = torch.cat(answers).to(device)
-            with report.timed(seconds, "train"):
-                loss, batch_sums = GRPO_step(engine, batch)
-                engine.backward(loss * world)  # DeepSpeed takes the mean over the processes, the loss is a sum
-            sums.update(batch_sums)
-
-        # 6. The update, and what there is to say about it.
+        # 5. The updates: gradients, micro-batch by micro-batch, then AdamW's step.
         for group in engine.optimizer.param_groups:
             group["lr"] = LR * min(1, step / max(1, WARMUP_STEPS))
-        with report.timed(seconds, "train"):
-            engine.step()
+        for _ in range(UPDATES_PER_BATCH):
+            sums.update(add_gradients(engine, samples, kept, seconds))
+            with report.timed(seconds, "train"):
+                engine.step()
+
+        # 6. What there is to say about it.
         sums.update(reward_sums, reward_std=totals.view(-1, GROUP_SIZE).std(1).sum() * GROUP_SIZE,
                     zero_groups=(len(samples) - len(kept)) / GROUP_SIZE)
         sums = reduce(sums)
         tokens = max(1, sums.pop("tokens"))
-        metrics = {"step": step, "loss": sums.pop("loss"), "completion_tokens_total": sums["tokens_mean"],
-                   "advantage_zero_groups": sums.pop("zero_groups"), "lr": group["lr"]}
-        metrics |= {name: sums.pop(name) / tokens for name in ("kl", "entropy", "clip_low_frac", "clip_high_frac")}
-        metrics |= report.means(sums, completions_in_step)
+        metrics = {"step": step, "loss": sums.pop("loss") / UPDATES_PER_BATCH, "lr": group["lr"],
+                   "completion_tokens_total": sums["tokens_mean"], "advantage_zero_groups": sums.pop("zero_groups")}
+        metrics |= {name: sums.pop(name) / tokens
+                    for name in ("kl", "entropy", "clip_low_frac", "clip_high_frac", "clip_region_frac")}
+        metrics |= report.means(sums, len(samples) * world)
         metrics |= {"completion_tokens_mean": metrics.pop("tokens_mean"), "peak_memory_mb": report.peak_memory_mb(),
                     "grad_norm": float(engine.get_global_grad_norm() or 0), "seconds": time.perf_counter() - started,
                     **{f"seconds_{name}": seconds[name] for name in ("sample", "reward", "ref_wait", "train")}}

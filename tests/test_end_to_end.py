@@ -136,6 +136,26 @@ def test_processes_zero_stage_and_micro_batches_do_not_change_the_update(launch,
     assert grad_norms == pytest.approx([grad_norms[0]] * len(grad_norms), rel=1e-5)
 
 
+def test_two_updates_of_dapo_are_those_of_any_number_of_processes(launch, embedded, tmp_path):
+    # token weights and the deviation of the rewards are those of the whole step, some completions are cut off
+    common = [
+        *data(embedded), "BETA=0", "STEPS=1", "LR=1e-4", "WARMUP_STEPS=0", "EVAL_EVERY=0", "SAVE_EVERY=1",
+        "LOSS_TYPE=dapo", "ADVANTAGE_SCALE=batch", "MASK_TRUNCATED=True", "MAX_COMPLETION_TOKENS=28", "CLIP_LOW=0.01",
+        "CLIP_HIGH=0.01", "UPDATES_PER_BATCH=2", "MICRO_BATCH_TOKENS=1000",
+    ]
+    two = ["deepspeed", "--num_accelerators", "2", "--master_port=29610"]
+    after, metrics = [], []
+    for name, command in ("one", []), ("two", two):
+        code, text = launch(*command, "grpo_train.py", *common, f"OUTPUT_DIR={tmp_path}/{name}").wait()
+        assert code == 0, text
+        after.append(weights(tmp_path / name / "step_1"))
+        metrics.append(read(tmp_path / name / "metrics.jsonl")[1])
+    assert (after[1] - after[0]).norm() < 1e-5 * after[0].norm()
+    assert metrics[0]["truncated_frac"] > 0 and metrics[0]["clip_region_frac"] > 0
+    for key in "loss", "clip_low_frac", "clip_high_frac", "clip_region_frac", "grad_norm", "entropy":
+        assert metrics[1][key] == pytest.approx(metrics[0][key], rel=1e-3), key
+
+
 @pytest.mark.parametrize(
     "constants, world, sentence",
     [
@@ -143,6 +163,9 @@ def test_processes_zero_stage_and_micro_batches_do_not_change_the_update(launch,
         ({"GROUP_SIZE": 1}, 1, "GROUP_SIZE=1"),
         ({"TEMPERATURE": 0.0}, 1, "TEMPERATURE=0.0"),
         ({"LOSS_TYPE": "ppo"}, 1, "LOSS_TYPE=ppo"),
+        ({"IMPORTANCE": "word"}, 1, "IMPORTANCE=word"),
+        ({"ADVANTAGE_SCALE": "std"}, 1, "ADVANTAGE_SCALE=std"),
+        ({"UPDATES_PER_BATCH": 0}, 1, "UPDATES_PER_BATCH=0"),
         ({"ZERO_STAGE": 3}, 1, "ZERO_STAGE=3"),
     ],
 )

@@ -46,7 +46,7 @@ def test_loss_and_gradient_are_those_of_the_paper():
             gradient.append(weight * (0.04 * (1 - math.exp(d)) - advantage))
             k += 1
     leaf = torch.tensor(logps, requires_grad=True)
-    ours, sums = GRPO_step(lambda *rows: leaf, make_batch(lens, advantages, completions_in_step, ref_logps))
+    ours, _, sums = GRPO_step(lambda *rows: leaf, make_batch(lens, advantages, completions_in_step, ref_logps))
     ours.backward()
     assert ours.item() == pytest.approx(loss, rel=1e-6)
     assert leaf.grad.tolist() == pytest.approx(gradient, rel=1e-5)
@@ -57,7 +57,7 @@ def test_loss_and_gradient_are_those_of_the_paper():
 
 def test_kl_is_zero_and_the_ratio_one_before_the_first_update():
     leaf = torch.tensor([-0.5, -1.5], requires_grad=True)
-    loss, sums = GRPO_step(lambda *rows: leaf, make_batch([2], [2.0], 1, leaf.tolist()))
+    loss, _, sums = GRPO_step(lambda *rows: leaf, make_batch([2], [2.0], 1, leaf.tolist()))
     assert sums["kl"] == 0.0
     assert loss.item() == -2.0  # minus ratio x advantage, and the ratio is exactly 1
 
@@ -65,9 +65,168 @@ def test_kl_is_zero_and_the_ratio_one_before_the_first_update():
 def test_a_filler_of_weight_zero_adds_nothing():
     leaf = torch.tensor([-0.5, -1.5], requires_grad=True)
     batch = make_batch([2], [2.0], 1, [-3.0, -3.0])
-    loss, sums = GRPO_step(lambda *rows: leaf, batch | {"weight": torch.zeros(2)})
+    loss, _, sums = GRPO_step(lambda *rows: leaf, batch | {"weight": torch.zeros(2)})
     loss.backward()
     assert not leaf.grad.any() and not any(sums.values())
+
+
+# ------------------------------------------------------------------------------------------------- the variants
+
+LENS, LIMIT, COMPLETIONS = [1, 3, 4, 2], 6, 8  # of completions here; the longest allowed; of completions in the step
+ADVANTAGES = [1.5, -0.7, 0.25, -2.0]
+STEP_TOKENS = 21
+
+
+def random_logps(seed, scale=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    return (-0.1 - scale * torch.rand(sum(LENS), generator=generator, dtype=torch.float64)).tolist()
+
+
+def by_the_papers(logps, frozen, old, ref, loss_type, importance, beta, entropy):
+    """The loss as the papers write it: sums over completions i and tokens t. `frozen` are logps as constants."""
+    total, k = 0.0, 0
+    for length, advantage in zip(LENS, ADVANTAGES):
+        tokens = range(k, k + length)
+        k += length
+        sequence_ratio = math.exp(sum(logps[t] - old[t] for t in tokens) / length)
+        constant_sequence_ratio = math.exp(sum(frozen[t] - old[t] for t in tokens) / length)
+        objective = 0.0
+        for t in tokens:
+            ratio = math.exp(logps[t] - old[t]) if importance == "token" else sequence_ratio
+            constant = math.exp(frozen[t] - old[t]) if importance == "token" else constant_sequence_ratio
+            if loss_type == "cispo":
+                surrogate = min(max(constant, 0.8), 1.3) * advantage * logps[t]
+            else:
+                surrogate = min(ratio * advantage, min(max(ratio, 0.8), 1.3) * advantage)
+            kl = math.exp(ref[t] - logps[t]) - (ref[t] - logps[t]) - 1
+            objective += surrogate - beta * kl - entropy * frozen[t] * ratio
+        if loss_type == "grpo":
+            total -= objective / length / COMPLETIONS
+        elif loss_type == "dr_grpo":
+            total -= objective / LIMIT / COMPLETIONS
+        else:
+            total -= objective / STEP_TOKENS
+    return total
+
+
+@pytest.mark.parametrize("beta, entropy", [(0.0, 0.0), (0.04, 0.0), (0.04, 0.1)])
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo"])
+def test_every_variant_is_the_one_of_its_paper(monkeypatch, loss_type, importance, beta, entropy):
+    constants = {
+        "LOSS_TYPE": loss_type, "IMPORTANCE": importance, "BETA": beta, "ENTROPY_BONUS": entropy, "CLIP_LOW": 0.2,
+        "CLIP_HIGH": 0.3, "MAX_COMPLETION_TOKENS": LIMIT, "PROMPTS_PER_STEP": 2, "GROUP_SIZE": 4,
+    }
+    for name, value in constants.items():
+        monkeypatch.setattr(grpo_train, name, value)
+    logps, old, ref = random_logps(7, 1.0), random_logps(2, 1.0), random_logps(3)
+    lens = torch.tensor(LENS)
+    weights = torch.tensor(grpo_train.token_weights(LENS, STEP_TOKENS), dtype=torch.float64)
+    batch = {
+        "rows": (None, None, lens),
+        "advantage": torch.tensor(ADVANTAGES, dtype=torch.float64).repeat_interleave(lens),
+        "weight": weights.repeat_interleave(lens),
+        "old_logps": torch.tensor(old, dtype=torch.float64),
+        "ref_logps": torch.tensor(ref, dtype=torch.float64),
+    }
+    leaf = torch.tensor(logps, dtype=torch.float64, requires_grad=True)
+    loss, kept, sums = GRPO_step(lambda *rows: leaf, batch)
+    loss.backward()
+    arguments = (logps, old, ref, loss_type, importance, beta, entropy)
+    assert loss.item() == pytest.approx(by_the_papers(logps, *arguments), rel=1e-12)
+    assert kept.tolist() == logps and not kept.requires_grad
+
+    differences, h = [], 1e-6
+    for t in range(len(logps)):
+        up, down = ([x + sign * h * (i == t) for i, x in enumerate(logps)] for sign in (1, -1))
+        differences.append((by_the_papers(up, *arguments) - by_the_papers(down, *arguments)) / (2 * h))
+    assert leaf.grad.tolist() == pytest.approx(differences, rel=1e-6, abs=1e-9)
+
+    ratios = [math.exp(p - q) for p, q in zip(logps, old)]
+    if importance == "sequence":
+        parts = torch.tensor(logps).sub(torch.tensor(old)).split(LENS)
+        ratios = [part.mean().exp().item() for part in parts for _ in part]
+    advantages = [advantage for advantage, length in zip(ADVANTAGES, LENS) for _ in range(length)]
+    low = sum(r < 0.8 and a < 0 for r, a in zip(ratios, advantages))
+    high = sum(r > 1.3 and a > 0 for r, a in zip(ratios, advantages))
+    clipped = sums["clip_low_frac"], sums["clip_high_frac"], sums["clip_region_frac"]
+    assert clipped == (low, high, low + high) and (importance == "sequence" or low and high)
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo"])
+def test_every_variant_is_trls_on_the_same_tensors(monkeypatch, tiny_folder, tmp_path, loss_type, importance):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    clip_low = 1.0 if loss_type == "cispo" else 0.2  # TRL's cispo has no lower bound
+    constants = {
+        "LOSS_TYPE": loss_type, "IMPORTANCE": importance, "BETA": 0.04, "CLIP_LOW": clip_low, "CLIP_HIGH": 0.3,
+        "MAX_COMPLETION_TOKENS": LIMIT, "PROMPTS_PER_STEP": 1, "GROUP_SIZE": len(LENS),
+    }
+    for name, value in constants.items():
+        monkeypatch.setattr(grpo_train, name, value)
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, use_cpu=True, bf16=False,
+        loss_type=loss_type, importance_sampling_level=importance, beta=0.04, epsilon=0.2, report_to=[],
+        epsilon_high=1.3 if loss_type == "cispo" else 0.3,  # TRL's cispo bounds the ratio itself
+        use_bias_correction_kl=False, max_completion_length=LIMIT,
+    )
+    trainer = trl.GRPOTrainer(
+        model=tiny_folder, reward_funcs=lambda completions, **columns: [0.0] * len(completions), args=config,
+        train_dataset=datasets.Dataset.from_list([{"prompt": "1+1"}] * 4),
+    )
+    trainer.model.eval()  # the whole batch in one piece, as the step is here
+    lens = torch.tensor(LENS)
+    real = torch.arange(max(LENS)) < lens[:, None]  # (B, T)
+
+    def padded(values):
+        return torch.zeros(real.shape, dtype=torch.float64).masked_scatter(real, values)
+
+    old, ref = (torch.tensor(random_logps(seed, 1.0), dtype=torch.float64) for seed in (2, 3))
+    theirs, ours = (torch.tensor(random_logps(7, 1.0), dtype=torch.float64, requires_grad=True) for _ in range(2))
+    advantages, some = torch.tensor(ADVANTAGES, dtype=torch.float64), torch.ones(len(LENS), 1, dtype=torch.long)
+    monkeypatch.setattr(
+        trainer, "_get_per_token_logps_and_entropies", lambda *a, **k: (padded(theirs), padded(-theirs.detach()), None)
+    )
+    inputs = {
+        "prompt_ids": some, "prompt_mask": some, "completion_ids": real.long(), "completion_mask": real.long(),
+        "advantages": advantages, "old_per_token_logps": padded(old), "ref_per_token_logps": padded(ref),
+        "num_items_in_batch": torch.tensor(sum(LENS)),
+    }
+    their_loss = trainer._compute_loss(trainer.model, inputs)
+    their_loss.backward()
+    weights = torch.tensor(grpo_train.token_weights(LENS, sum(LENS)), dtype=torch.float64)
+    batch = {
+        "rows": (None, None, lens), "advantage": advantages.repeat_interleave(lens), "old_logps": old, "ref_logps": ref,
+        "weight": weights.repeat_interleave(lens),
+    }
+    our_loss = GRPO_step(lambda *rows: ours, batch)[0]
+    our_loss.backward()
+    assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
+    assert ours.grad.tolist() == pytest.approx(theirs.grad.tolist(), rel=1e-6, abs=1e-12)
+
+
+def test_the_entropy_bonus_has_the_gradient_of_the_entropy(monkeypatch):
+    # over every token of a small vocabulary, weighted by its probability, the bonus' gradient is that of -sum p log p
+    monkeypatch.setattr(grpo_train, "BETA", 0.0)
+    monkeypatch.setattr(grpo_train, "ENTROPY_BONUS", 1.0)
+    logits = torch.tensor([0.3, -1.2, 2.0, 0.1], dtype=torch.float64, requires_grad=True)
+    logps = logits.log_softmax(0)
+    entropy = torch.autograd.grad(-(logps.exp() * logps).sum(), logits, retain_graph=True)[0]
+    batch = {"rows": (None, None, torch.ones(4, dtype=torch.long)), "advantage": torch.zeros(4)}
+    loss = GRPO_step(lambda *rows: logps, batch | {"weight": logps.exp().detach()})[0]
+    assert torch.autograd.grad(-loss, logits)[0].tolist() == pytest.approx(entropy.tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_what_divides_the_advantages(monkeypatch, scale):
+    monkeypatch.setattr(grpo_train, "ADVANTAGE_SCALE", scale)
+    rewards = [[1.0, -1.0, -1.0, 2.25], [0.0, 0.0, 1.0, 0.5], [0.1, 0.1, 0.1, 0.1]]
+    batch_std = statistics.stdev([reward for group in rewards for reward in group])
+    ours = group_advantages(torch.tensor(rewards, dtype=torch.float64), batch_std)
+    for group, row in zip(rewards, ours.tolist()):
+        divisor = {"group": statistics.stdev(group) + 1e-4, "batch": batch_std + 1e-4, "none": 1.0}[scale]
+        assert row == pytest.approx([(r - statistics.mean(group)) / divisor for r in group], rel=1e-12, abs=1e-15)
+    assert not ours[2].any()
 
 
 def test_advantages_use_the_sample_standard_deviation_of_the_group():
@@ -90,7 +249,7 @@ def test_process_supervision_gives_each_token_the_steps_that_end_at_or_after_it(
     steps = [[(3, 1.0), (8, -0.5), (11, 2.0)], [(5, -1.0)], []]
     outcomes, weight = [1.0, 0.0, 0.5], 0.25
     samples = [{"completion": torch.tensor(tokenizer(text).input_ids + [tokenizer.eos_token_id])} for text in texts]
-    set_advantages(samples, torch.tensor(outcomes, dtype=torch.float64), [steps], [weight], tokenizer)
+    set_advantages(samples, torch.tensor(outcomes, dtype=torch.float64), [steps], [weight], 1.0, tokenizer)
 
     rewards = [reward for its_steps in steps for _, reward in its_steps]
     mean, std = statistics.mean(rewards), statistics.stdev(rewards)
@@ -108,7 +267,7 @@ def test_process_supervision_gives_each_token_the_steps_that_end_at_or_after_it(
 
 def test_without_steps_every_token_has_the_advantage_of_its_completion(tiny):
     samples = [{"completion": torch.zeros(n, dtype=torch.long)} for n in (1, 3)]
-    set_advantages(samples, torch.tensor([0.0, 2.0], dtype=torch.float64), [[[], []]], [1.0], tiny[1])
+    set_advantages(samples, torch.tensor([0.0, 2.0], dtype=torch.float64), [[[], []]], [1.0], 1.0, tiny[1])
     advantage = 1 / (math.sqrt(2) + 1e-4)
     assert samples[0]["advantage"].tolist() == pytest.approx([-advantage])
     assert samples[1]["advantage"].tolist() == pytest.approx([advantage] * 3)
