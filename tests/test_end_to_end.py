@@ -181,8 +181,8 @@ def test_bad_constants_are_refused_before_anything_is_loaded(monkeypatch, consta
 COUNT_FORWARD_PASSES = """
 import sys, torch, grpo_train
 passes, load = [], grpo_train.load_model
-def load_and_count(path):
-    model, tokenizer = load(path)
+def load_and_count(*arguments):
+    model, tokenizer = load(*arguments)
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     return model, tokenizer
 grpo_train.load_model = load_and_count
