@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import checkpoint
 import report
 from ref_server import check_server, micro_batches, request_logps, token_logps
 from rewards import check_rewards, compute_rewards, load_rewards, reward_correct, reward_format
@@ -68,6 +69,8 @@ ZERO_STAGE = 1  # DeepSpeed: 0 splits nothing over the GPUs, 1 optimizer states,
 # Logging
 EVAL_EVERY = 10  # steps, and at the start and the end; 0 turns it off
 SAVE_EVERY = 30  # steps, and at the end; 0 turns it off
+KEEP_CHECKPOINTS = 2  # the newest; 0 keeps all of them
+RESUME = True  # the same command continues an interrupted run; False refuses a folder that holds one
 
 if __name__ == "__main__":
     override_constants(globals(), sys.argv[1:])
@@ -252,16 +255,11 @@ def evaluate(model, tokenizer, rewards: dict, rows: list[dict], stop: list[int])
     return {f"eval_{name}": value for name, value in report.means(reduce(sums), len(rows)).items()}
 
 
-def save(model, tokenizer, step: int) -> None:
-    """OUTPUT_DIR/step_N, complete or not there at all."""
-    folder = f"{OUTPUT_DIR}/step_{step}"
-    for part in model, tokenizer:
-        part.save_pretrained(f"{folder}.unfinished")
-    os.replace(f"{folder}.unfinished", folder)
+def start_processes() -> tuple[int, int, int]:
+    """Rank, number of processes, and the step after which an interrupted run goes on. SystemExit at bad constants.
 
-
-def start_processes() -> tuple[int, int]:
-    """Rank and number of processes; without the deepspeed launcher this one is alone. SystemExit at bad constants."""
+    Without the deepspeed launcher this process is alone.
+    """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -269,25 +267,24 @@ def start_processes() -> tuple[int, int]:
         f"PROMPTS_PER_STEP={PROMPTS_PER_STEP} cannot be shared equally by {world} processes": PROMPTS_PER_STEP % world,
         f"GROUP_SIZE={GROUP_SIZE}: a group needs at least 2 completions to compare": GROUP_SIZE < 2,
         f"TEMPERATURE={TEMPERATURE}: sampling needs a positive one": TEMPERATURE <= 0,
-        f"LOSS_TYPE={LOSS_TYPE}: expected grpo, dr_grpo, dapo, bnpo or cispo":
-            LOSS_TYPE not in ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"),
-        f"IMPORTANCE={IMPORTANCE}: expected token or sequence": IMPORTANCE not in ("token", "sequence"),
-        f"ADVANTAGE_SCALE={ADVANTAGE_SCALE}: expected group, batch or none":
-            ADVANTAGE_SCALE not in ("group", "batch", "none"),
         f"UPDATES_PER_BATCH={UPDATES_PER_BATCH}: a batch is for one update at least": UPDATES_PER_BATCH < 1,
-        f"ZERO_STAGE={ZERO_STAGE}: expected 0, 1 or 2; sampling needs whole weights": ZERO_STAGE not in (0, 1, 2),
-        f"OUTPUT_DIR={OUTPUT_DIR} holds another run: choose another": os.path.exists(f"{OUTPUT_DIR}/metrics.jsonl"),
     }
+    choices = {"LOSS_TYPE": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"), "IMPORTANCE": ("token", "sequence"),
+               "ADVANTAGE_SCALE": ("group", "batch", "none"), "ZERO_STAGE": (0, 1, 2)}  # sampling needs whole weights
+    for name, allowed in choices.items():
+        value = globals()[name]
+        wrong[f"{name}={value}: expected one of {', '.join(map(str, allowed))}"] = value not in allowed
     for sentence in filter(wrong.get, wrong):
         raise SystemExit(sentence)
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
-    return rank, world
+    last = checkpoint.begin(OUTPUT_DIR, globals() | {"PROCESSES": world}, RESUME) if rank == 0 else 0
+    return rank, world, int(reduce({"last": last})["last"])
 
 
 def main():
-    rank, world = start_processes()
+    rank, world, last = start_processes()
     model, tokenizer = load_model(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS)
     rewards, stop = load_rewards(REWARDS), stop_ids(model, tokenizer)
     train, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS) if name else []
@@ -301,11 +298,13 @@ def main():
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = deepspeed.initialize(model=Policy(model).train(), config=DS_CONFIG)[0]
     background = ThreadPoolExecutor(8)
-    metrics = {"step": 0} | (evaluate(model, tokenizer, rewards, heldout, stop) if EVAL_EVERY else {})
-    if rank == 0:
-        report.write(OUTPUT_DIR, "metrics", [metrics])
+    if last:
+        checkpoint.load(engine, OUTPUT_DIR, last)
+    else:
+        metrics = {"step": 0} | (evaluate(model, tokenizer, rewards, heldout, stop) if EVAL_EVERY else {})
+        report.write(OUTPUT_DIR, "metrics", [metrics] if rank == 0 else [])
 
-    progress = tqdm(range(1, STEPS + 1), desc="GRPO", disable=rank > 0)
+    progress = tqdm(range(last + 1, STEPS + 1), desc="GRPO", initial=last, total=STEPS, disable=rank > 0)
     for step in progress:
         started, seconds, sums = time.perf_counter(), Counter(), Counter()
 
@@ -373,8 +372,8 @@ def main():
                  **{function.__name__: value for function, value in zip(rewards, column.tolist())}}
                 for row, text, s, column in zip(rows[:GROUP_SIZE], texts, samples, values.T)])
             progress.set_postfix_str(report.one_line(metrics))
-        if SAVE_EVERY and rank == 0 and (step % SAVE_EVERY == 0 or step == STEPS):
-            save(model, tokenizer, step)
+        if SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
+            checkpoint.save(engine, model, tokenizer, OUTPUT_DIR, step, KEEP_CHECKPOINTS, rank)
     if rank == 0:
         report.show(OUTPUT_DIR)
 

@@ -66,7 +66,7 @@ def test_the_main_job_learns_and_leaves_what_it_promises(launch, embedded, tmp_p
         ]
     assert not list(tmp_path.glob("run/*.unfinished"))
 
-    again = launch("grpo_train.py", *data(embedded), f"OUTPUT_DIR={tmp_path}/run")
+    again = launch("grpo_train.py", *data(embedded), f"OUTPUT_DIR={tmp_path}/run", "SEED=1")
     code, text = again.wait()
     assert code == 1 and "holds another run" in text and "Traceback" not in text
     assert read(tmp_path / "run/metrics.jsonl") == history

@@ -1,0 +1,81 @@
+"""What a run keeps, so that the same command continues it as if it had never been interrupted.
+
+    OUTPUT_DIR/run.json      the constants that it was started with
+    OUTPUT_DIR/step_N/       model and tokenizer for `from_pretrained`; in state/, what DeepSpeed continues from
+
+A checkpoint gets its name when it is complete and loses it before it is deleted, so what is called step_N is whole.
+Everything random in a step follows from SEED and the step's number: there is no other state.
+"""
+import json
+import os
+import shutil
+from pathlib import Path
+
+MAY_CHANGE = "OUTPUT_DIR RESUME STEPS SAVE_EVERY EVAL_EVERY KEEP_CHECKPOINTS REF_SERVER DS_CONFIG".split()
+
+
+def complete(folder: str) -> list[int]:
+    """The steps of the complete checkpoints, in order."""
+    names = [path.name.removeprefix("step_") for path in Path(folder).glob("step_*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def begin(folder: str, constants: dict, resume: bool) -> int:
+    """Makes the folder ready for a new run, or for the rest of the one that it holds: the step after which it goes on.
+
+    SystemExit if it holds a run with other constants. What that run wrote after its last checkpoint is removed.
+    """
+    constants = {name: value for name, value in constants.items() if name.isupper() and name not in MAY_CHANGE}
+    path, now = Path(folder), json.loads(json.dumps(constants, default=lambda function: function.__name__))
+    if (path / "metrics.jsonl").exists():
+        before = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
+        changed = [f"{name}={before.get(name)} there" for name in now if before.get(name) != now[name]]
+        if changed or not resume:
+            hint = "; ".join(changed[:3]) or "RESUME=True continues it"
+            raise SystemExit(f"OUTPUT_DIR={folder} holds another run: choose another ({hint})")
+    path.mkdir(parents=True, exist_ok=True)
+    replace(path / "run.json", json.dumps(now, indent=1))
+    for leftover in path.glob("step_*.unfinished"):
+        shutil.rmtree(leftover)
+    last = max([0, *complete(folder)])
+    for name in "metrics", "completions":
+        cut(path / f"{name}.jsonl", last)
+    return last
+
+
+def cut(path: Path, last: int) -> None:
+    """Removes the rows after a step, all of them if it is 0, and a line that was never finished."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if last and line.endswith("}\n") and json.loads(line)["step"] <= last]
+    if len(kept) < len(lines):
+        replace(path, "".join(kept))
+
+
+def replace(path: Path, text: str) -> None:
+    """A file's new text, all of it or not at all."""
+    path.with_suffix(".unfinished").write_text(text)
+    os.replace(path.with_suffix(".unfinished"), path)
+
+
+def save(engine, model, tokenizer, folder: str, step: int, keep: int, rank: int) -> None:
+    """folder/step_N, by all processes together; the `keep` newest stay. SystemExit says why it could not be written."""
+    final = Path(folder) / f"step_{step}"
+    unfinished = final.with_suffix(".unfinished")
+    try:
+        engine.save_checkpoint(str(unfinished), tag="state", save_latest=False)
+        if rank == 0:
+            for part in model, tokenizer:
+                part.save_pretrained(unfinished)
+            os.replace(unfinished, final)
+            for old in complete(folder)[:-keep] if keep else []:
+                doomed = Path(folder) / f"step_{old}.unfinished"
+                os.replace(doomed.with_suffix(""), doomed)
+                shutil.rmtree(doomed)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"cannot save {final}: {error}; complete checkpoints: {complete(folder)}. "
+                         "Make room and start the same command again") from error
+
+
+def load(engine, folder: str, step: int) -> None:
+    """Weights and optimizer as they were after the step."""
+    engine.load_checkpoint(f"{folder}/step_{step}", tag="state", load_lr_scheduler_states=False)
