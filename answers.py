@@ -64,20 +64,21 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
     (r"\\sqrt ?\(([^()]*)\)|\\sqrt +(\d+|\w)", r"\\sqrt{\1\2}"), (r"\^ ?\(([^()]*)\)", r"^{\1}"),
     (r"^(?:the )?(?:empty|null) set$|^\{ *\}$", r"\\emptyset"), (r"^<([^<>]*,[^<>]*)>$", r"(\1)"),
+    (r"\{ *\\emptyset *\}", "the set of the empty set"),
     (r"^\[ ?\[.*\] ?\]$", lambda match: match[0].replace("[", "(").replace("]", ")")),
     (r"^(?:minus|negative)\b", "-"), (r"^([^A-Za-z=]+)= ?([A-Za-z])$", r"\2=\1"), (r"^(\d+) to (\d+)$", r"\1:\2"),
 )]
 LEAD_IN = re.compile(  # "So the final answer is", "Option", "The area is exactly", "Total =", "AB =", "It ends at"
     r"(?i)(?:(?:so|thus|hence|therefore),? +)?(?:"
     r"(?:[a-z',()]+ +){0,9}?(?:is|are|be|equals?)\b:? *(?:exactly )?|"
-    r"(?:[a-z',()]+ +){1,9}?(?:at|ha[sd]|have|makes?|takes?|measures?|costs?|earns?|gets?|pays?)(?= (?:dollar )?\d)|"
+    r"(?:[a-z',()]+ +){1,9}?(?:at|ha[sd]|have|paid|(?:make|take|measure|cost|earn|get|pay)s?)(?= (?:dollar )?\d)|"
     r"(?:the |final |correct )*(?:answer|result|option|choice)s?\b\W*?[:=]? *|"
     r"(?:\\angle ?|∠)?[a-z]{2,} ?= ?)?")
 HEDGE = re.compile(
     r"(?i)\b(?:or|not|never|about|approx\w*|roughly|around|maybe|perhaps|possibl[ey]|probably|either|neither|but|if|"
     r"unless|between|than|least|most|less|more|fewer|over|under|nearly|almost|rounded|estimate\w*|too|except|cannot|"
     r"can't|could|might|wrong|incorrect|twice|doubled?|tripled?|halved|half (?:of|the)|square of|root|divisible|any|"
-    r"multiple|factor|\d+(?:st|nd|rd|th)|plus|minus|times|first|step|cases?)\b|n't\b|\?|\\approx|\.\.|"
+    r"multiple|factor(?:ial)?|pairs|score|\d+(?:st|nd|rd|th)|plus|minus|times|first|step|cases?)\b|n't\b|\?|\\approx|\.\.|"
     r"\d ?-?(?:squared|cubed|ish)\b|\d ?'")
 NAMES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen").split()
@@ -205,6 +206,8 @@ def same_quantity(gold: tuple, answer: tuple) -> bool:
     """Equal values, and no unit that contradicts another; a percentage may be written as a fraction, 50 % as 0.5."""
     (value, percent, units), (answered, answered_percent, answered_units) = gold, answer
     equal = value == answered
+    if percent != answered_percent and any(word in UNITS for word in units | answered_units):
+        return False
     if percent and not answered_percent:
         equal = answered in (value, value / 100)
     elif answered_percent and not percent:
@@ -313,7 +316,7 @@ def same(gold: str, answer: str, verify) -> bool:
     gold, answer = golds[0], answers[0]
 
     tails = [UNIT_TAIL.search(text) for text in (gold, answer)]
-    if any(tails) and not HEDGE.search(answer):
+    if any(tails) and not HEDGE.search(answer) and not (r"\pi" in gold and "degree" in gold + answer):
         units = [frozenset(map(unit, re.findall("[A-Za-z]+", tail[0] if tail else ""))) for tail in tails]
         return same_units(*units) and same(UNIT_TAIL.sub("", gold), UNIT_TAIL.sub("", answer), verify)
     if is_prose(gold) or is_prose(answer):

@@ -177,7 +177,7 @@ def test_a_nursery_that_was_killed_is_replaced():
 
 
 def test_the_labelled_answers():
-    # 2,269 pairs, each labelled by hand: what a careful teacher would say who sees the gold answer and this one
+    # 2,619 pairs, each labelled by hand: what a careful teacher would say who sees the gold answer and this one
     rows = [json.loads(line) for line in (ROOT / "tests" / "answers.jsonl").read_text().splitlines()]
     assert len(rows) >= 300 and 0.4 < sum(row["right"] for row in rows) / len(rows) < 0.6
     wrong = []
