@@ -267,7 +267,8 @@ def structure(text: str) -> tuple[str, list[str]]:
         parts = split(text, separator)
         if len(parts) > 1:
             return "and" if RELATION.search(text) and re.search(r"\band\b", text) else ",", parts
-    if text[0] in "({[" and depths(text)[-1] == 0 and 0 not in depths(text)[:-1]:  # one pair of brackets around it all
+    *inner, end = depths(text)
+    if text[0] in "({[" and end == 0 and 0 not in inner:  # one pair of brackets around it all
         inside = split(text[1:-1], "[,;]")
         return (text[0] + text[-1], inside) if len(inside) != 1 else structure(inside[0])
     return "", [text]

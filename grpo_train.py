@@ -123,11 +123,11 @@ def token_weights(lengths: list[int], tokens_in_step: float) -> list[float]:
     dapo, bnpo, cispo: 1 / (tokens of the step), the mean over all of them (DAPO, arXiv 2503.14476, eq. 12).
     """
     completions = PROMPTS_PER_STEP * GROUP_SIZE
-    by_length = {"grpo": lambda n: n * completions, "dr_grpo": lambda n: MAX_COMPLETION_TOKENS * completions}
-    return [1 / by_length.get(LOSS_TYPE, lambda n: max(1, tokens_in_step))(length) for length in lengths]
+    for_all = MAX_COMPLETION_TOKENS * completions if LOSS_TYPE == "dr_grpo" else max(1, tokens_in_step)
+    return [1 / (length * completions if LOSS_TYPE == "grpo" else for_all) for length in lengths]
 
 
-def set_advantages(samples: list[dict], outcomes: torch.Tensor, steps: list, weights, batch_std: float, tokenizer):
+def set_advantages(samples: list[dict], outcomes: torch.Tensor, steps: list, weights, batch_std, tokenizer):
     """The advantage of each token (T,) of a group's samples.
 
     That of the completion's outcome, normalised from the rewards (G,); and of each reward function that judges steps
@@ -222,8 +222,8 @@ def add_gradients(engine, samples: list[dict], kept: list[dict], seconds: Counte
     """
     batches, sums, device = micro_batches(kept, MICRO_BATCH_TOKENS), Counter(), engine.device
     most = reduce({"batches": len(batches)}, dist.ReduceOp.MAX)["batches"]
-    while len(batches) < max(1, most):
-        batches.append([{**samples[0], "weight": 0 * samples[0]["weight"]}])
+    filler = min(samples, key=lambda sample_: sample_["length"])
+    batches += [[{**filler, "weight": 0 * filler["weight"]}]] * int(max(1, most) - len(batches))
     for micro_batch in batches:
         with report.timed(seconds, "ref_wait"):
             for sample_ in micro_batch if BETA else []:
@@ -234,7 +234,7 @@ def add_gradients(engine, samples: list[dict], kept: list[dict], seconds: Counte
         with report.timed(seconds, "train"):
             loss, logps, batch_sums = GRPO_step(engine, batch | {"rows": pack(micro_batch, device)})
             engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over processes, the loss is a sum
-        for sample_, its_logps in zip(micro_batch, logps.cpu().split([len(s["completion"]) for s in micro_batch])):
+        for sample_, its_logps in zip(micro_batch, logps.split([len(s["completion"]) for s in micro_batch])):
             sample_.setdefault("old_logps", its_logps)
         sums.update(batch_sums)
     return sums
@@ -335,7 +335,7 @@ def main():
         # 4. Rewards, and from them advantages. A group whose advantages are all zero has nothing to teach.
         with report.timed(seconds, "reward"):
             texts, values, steps, totals, outcomes, reward_sums = score(rewards, rows, completions, tokenizer)
-        kept, batch_std = [], spread(outcomes)
+        kept, batch_std = [], spread(outcomes) if ADVANTAGE_SCALE == "batch" else None
         for start in range(0, len(samples), GROUP_SIZE):
             group = slice(start, start + GROUP_SIZE)
             group_steps = [row[group] for row in steps]
