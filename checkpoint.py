@@ -1,15 +1,19 @@
 """What a run keeps, so that the same command continues it as if it had never been interrupted.
 
     OUTPUT_DIR/run.json      the constants that it was started with
-    OUTPUT_DIR/step_N/       model and tokenizer for `from_pretrained`; in state/, what DeepSpeed continues from
+    OUTPUT_DIR/step_N/       model and tokenizer for `from_pretrained`, LoRA's adapters merged, and alone in adapter/;
+                             in state/ what DeepSpeed continues from, and the reference if it does not stay the same
 
 A checkpoint gets its name when it is complete and loses it before it is deleted, so what is called step_N is whole.
 Everything random in a step follows from SEED and the step's number: there is no other state.
 """
+import copy
 import json
 import os
 import shutil
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 MAY_CHANGE = "OUTPUT_DIR RESUME STEPS SAVE_EVERY EVAL_EVERY KEEP_CHECKPOINTS REF_SERVER DS_CONFIG".split()
 
@@ -38,6 +42,8 @@ def begin(folder: str, constants: dict, resume: bool) -> int:
     for leftover in path.glob("step_*.unfinished"):
         shutil.rmtree(leftover)
     last = max([0, *complete(folder)])
+    if (reference := path / f"step_{last}/state/reference.safetensors").exists():
+        shutil.copy(reference, path)
     for name in "metrics", "completions":
         cut(path / f"{name}.jsonl", last)
     return last
@@ -57,23 +63,43 @@ def replace(path: Path, text: str) -> None:
     os.replace(path.with_suffix(".unfinished"), path)
 
 
-def save(engine, model, tokenizer, folder: str, step: int, keep: int, rank: int) -> None:
-    """folder/step_N, by all processes together; the `keep` newest stay. SystemExit says why it could not be written."""
+def merged(model):
+    """The model as `from_pretrained` knows it: itself, or a copy with its LoRA adapters added to the weights."""
+    return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def save(engine, model, gathered, tokenizer, folder: str, step: int, keep: int, rank: int) -> None:
+    """folder/step_N, by all processes together; the `keep` newest stay. SystemExit says why it could not be written.
+
+    Within `gathered()` the parameters of `model` are whole.
+    """
     final = Path(folder) / f"step_{step}"
     unfinished = final.with_suffix(".unfinished")
     try:
         engine.save_checkpoint(str(unfinished), tag="state", save_latest=False)
+        with gathered():
+            if rank == 0:
+                write(unfinished, model, tokenizer)
         if rank == 0:
-            for part in model, tokenizer:
-                part.save_pretrained(unfinished)
             os.replace(unfinished, final)
             for old in complete(folder)[:-keep] if keep else []:
                 doomed = Path(folder) / f"step_{old}.unfinished"
                 os.replace(doomed.with_suffix(""), doomed)
                 shutil.rmtree(doomed)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"cannot save {final}: {error}; complete checkpoints: {complete(folder)}. "
                          "Make room and start the same command again") from error
+
+
+def write(unfinished: Path, model, tokenizer) -> None:
+    """The part of a checkpoint that one process writes for all of them."""
+    plain, reference = merged(model), unfinished.parent / "reference.safetensors"
+    plain.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    if plain is not model:
+        model.save_pretrained(unfinished / "adapter")
+    if reference.exists():
+        shutil.copy(reference, unfinished / "state")
 
 
 def load(engine, folder: str, step: int) -> None:

@@ -9,13 +9,15 @@ One step samples a group of completions for each prompt, rewards them, turns eac
 takes AdamW steps, usually one, on the clipped objective with a KL penalty towards the reference model. There is no
 value model and no replay. Read `main()` first; `GRPO_step` is the loss, with the variants that have names of their own.
 """
-import os
+import copy
 import random
+import secrets
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache, partial
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -23,10 +25,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
+import processes
 import report
-from ref_server import check_server, micro_batches, request_logps, token_logps
+from processes import reduce
+from ref_client import Reference, check_servers, request_logps, send, write_reference
+from ref_server import token_logps
 from rewards import check_rewards, compute_rewards, load_rewards, reward_correct, reward_format
-from sampler import load_model, load_prompts, override_constants, sample, stop_ids, tokens_until
+from sampler import (
+    add_adapters, load_model, load_prompts, micro_batches, override_constants, pack, sample, stop_ids, tokens_until)
 
 # Model and data
 MODEL = "examples/arithmetic/model"  # local folder or hub name
@@ -52,6 +58,8 @@ LOSS_TYPE = "grpo"  # how tokens are weighted: grpo, dr_grpo, dapo, bnpo, cispo;
 IMPORTANCE = "token"  # the ratio of each "token", or of the whole "sequence" (GSPO)
 ADVANTAGE_SCALE = "group"  # what divides advantages: the std of the "group", of the whole "batch", or "none" (Dr. GRPO)
 BETA = 0.005  # weight of the KL penalty; 0 needs no reference server; DeepSeekMath used 0.04
+REF_SYNC_EVERY = 0  # steps after which the reference becomes the policy (iterative GRPO); 0 leaves it frozen
+REF_MIXUP_ALPHA = 1.0  # or mixes with it: alpha * policy + (1 - alpha) * reference
 CLIP_LOW = 0.2  # the ratio is clipped to 1 - CLIP_LOW ...
 CLIP_HIGH = 0.2  # ... 1 + CLIP_HIGH; DAPO: 0.28
 ENTROPY_BONUS = 0.0  # weight of the entropy; 0.001 keeps a policy from settling too early
@@ -62,9 +70,11 @@ MASK_TRUNCATED = False  # completions that were cut off teach nothing (DAPO's ov
 LR = 5e-5  # 1e-6 for pre-trained models with full fine-tuning
 WARMUP_STEPS = 10  # linear; without it Adam's first steps can ruin the model
 MAX_GRAD_NORM = 1.0
+MAX_SKIPPED_STEPS = 5  # in a row, because their gradients are not finite; then the run ends
 MICRO_BATCH_TOKENS = 8192  # tokens in one forward and backward pass, padding counted; changes memory, not the update
 GRADIENT_CHECKPOINTING = False  # less memory for activations, a third more time
-ZERO_STAGE = 1  # DeepSpeed: 0 splits nothing over the GPUs, 1 optimizer states, 2 gradients too
+ZERO_STAGE = 1  # DeepSpeed: 0 splits nothing over the GPUs, 1 optimizer states, 2 gradients too, 3 weights too
+LORA_RANK = 0  # of the adapters that are trained instead of the weights; 0 trains these; LoRA wants 10 times the LR
 
 # Logging
 EVAL_EVERY = 10  # steps, and at the start and the end; 0 turns it off
@@ -143,13 +153,6 @@ def set_advantages(samples: list[dict], outcomes: torch.Tensor, steps: list, wei
             sample_["advantage"][: tokens_until(tokenizer, sample_["completion"], end)] += weight * advantage
 
 
-def pack(samples: list[dict], device="cpu") -> list[torch.Tensor]:
-    """Samples as B ragged rows: tokens (N,), prompt_lens (B,), completion_lens (B,)."""
-    tokens = torch.cat([part for sample in samples for part in (sample["prompt"], sample["completion"])])
-    lens = torch.tensor([[len(sample["prompt"]), len(sample["completion"])] for sample in samples]).T
-    return [tensor.to(device) for tensor in (tokens, *lens)]
-
-
 def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     """The loss of a micro-batch, its log-probs (C,), and sums over its C completion tokens to log.
 
@@ -187,14 +190,6 @@ def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str
 def columns(rows: list[dict]) -> dict[str, list]:
     """What the reward functions see of the data set."""
     return {name: [row["columns"][name] for row in rows] for name in (rows[0]["columns"] if rows else [])}
-
-
-def reduce(values: dict[str, float], operation=dist.ReduceOp.SUM) -> dict[str, float]:
-    """The values summed (or else) over all processes."""
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
-    dist.all_reduce(numbers, operation)
-    return dict(zip(values, numbers.tolist()))
 
 
 def score(rewards: dict, rows: list[dict], completions: list, tokenizer):
@@ -255,55 +250,79 @@ def evaluate(model, tokenizer, rewards: dict, rows: list[dict], stop: list[int])
     return {f"eval_{name}": value for name, value in report.means(reduce(sums), len(rows)).items()}
 
 
-def start_processes() -> tuple[int, int, int]:
-    """Rank, number of processes, and the step after which an interrupted run goes on. SystemExit at bad constants.
-
-    Without the deepspeed launcher this process is alone.
-    """
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def check_constants(world: int) -> None:
+    """SystemExit at the first one that cannot be right, for so many processes."""
     wrong = {
         f"PROMPTS_PER_STEP={PROMPTS_PER_STEP} cannot be shared equally by {world} processes": PROMPTS_PER_STEP % world,
         f"GROUP_SIZE={GROUP_SIZE}: a group needs at least 2 completions to compare": GROUP_SIZE < 2,
         f"TEMPERATURE={TEMPERATURE}: sampling needs a positive one": TEMPERATURE <= 0,
         f"UPDATES_PER_BATCH={UPDATES_PER_BATCH}: a batch is for one update at least": UPDATES_PER_BATCH < 1,
+        f"REF_MIXUP_ALPHA={REF_MIXUP_ALPHA}: expected above 0, up to 1": not 0 < REF_MIXUP_ALPHA <= 1,
+        f"REF_SYNC_EVERY={REF_SYNC_EVERY}: with BETA=0 there is no reference": REF_SYNC_EVERY and not BETA,
     }
     choices = {"LOSS_TYPE": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"), "IMPORTANCE": ("token", "sequence"),
-               "ADVANTAGE_SCALE": ("group", "batch", "none"), "ZERO_STAGE": (0, 1, 2)}  # sampling needs whole weights
+               "ADVANTAGE_SCALE": ("group", "batch", "none"), "ZERO_STAGE": (0, 1, 2, 3)}
     for name, allowed in choices.items():
         value = globals()[name]
         wrong[f"{name}={value}: expected one of {', '.join(map(str, allowed))}"] = value not in allowed
     for sentence in filter(wrong.get, wrong):
         raise SystemExit(sentence)
-    if torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(verbose=False)
-    last = checkpoint.begin(OUTPUT_DIR, globals() | {"PROCESSES": world}, RESUME) if rank == 0 else 0
-    return rank, world, int(reduce({"last": last})["last"])
+
+
+def drop_bad_gradients(optimizer, *_) -> None:
+    """Before the optimizer's step, which changes nothing then. ZeRO 1 to 3 do not come so far with bad gradients."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    optimizer.gradients_were_finite = torch.nn.utils.get_total_norm(grads).isfinite().item()
+    if not optimizer.gradients_were_finite:
+        optimizer.zero_grad()
+
+
+def renew_reference(name: str, model, gathered, alpha: float, rank: int) -> Reference:
+    """Brings alpha * policy + (1 - alpha) * reference to the servers, when all processes have their answers."""
+    reference = Reference(name, Path(OUTPUT_DIR) / "reference.safetensors")
+    dist.barrier()
+    with gathered():
+        if rank == 0 and alpha:
+            write_reference(reference.file, checkpoint.merged(model), alpha)
+    if rank == 0:
+        send(REF_SERVER, reference)
+    dist.barrier()
+    return reference
 
 
 def main():
-    rank, world, last = start_processes()
+    rank, world = processes.start()
+    check_constants(world)
+    last = checkpoint.begin(OUTPUT_DIR, globals() | {"PROCESSES": world}, RESUME) if rank == 0 else 0
+    last, run = map(int, reduce({"last": last, "run": secrets.randbits(48) if rank == 0 else 0}).values())
     model, tokenizer = load_model(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS)
     rewards, stop = load_rewards(REWARDS), stop_ids(model, tokenizer)
     train, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS) if name else []
                       for name in (DATASET, EVAL_DATASET if EVAL_EVERY else ""))
     for rows in filter(None, (train, heldout)):
         check_rewards(rewards, columns(rows))
-    servers = REF_SERVER.split(",")
-    for url in servers if BETA and rank == 0 else []:
-        check_server(url, model, MODEL, train[0]["ids"])
+    if BETA and rank == 0 and not REF_SYNC_EVERY:
+        check_servers(REF_SERVER, model, MODEL, train[0]["ids"])
+    whole = add_adapters(model, LORA_RANK, SEED) if LORA_RANK else model
+    # For sampling and saving: the same parameters in modules that DeepSpeed does not hook into for ZeRO 3.
+    whole = copy.deepcopy(whole, {id(parameter): parameter for parameter in model.parameters()})
+    sampled = whole.get_base_model() if LORA_RANK else whole
+    gathered = partial(deepspeed.zero.GatheredParameters, list(model.parameters()))
     if GRADIENT_CHECKPOINTING:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = deepspeed.initialize(model=Policy(model).train(), config=DS_CONFIG)[0]
-    background = ThreadPoolExecutor(8)
+    engine.basic_optimizer.register_step_pre_hook(drop_bad_gradients)
+    background, reference, skipped = ThreadPoolExecutor(8), None, 0
     if last:
         checkpoint.load(engine, OUTPUT_DIR, last)
     else:
-        metrics = {"step": 0} | (evaluate(model, tokenizer, rewards, heldout, stop) if EVAL_EVERY else {})
+        with gathered():
+            metrics = {"step": 0} | (evaluate(sampled, tokenizer, rewards, heldout, stop) if EVAL_EVERY else {})
         report.write(OUTPUT_DIR, "metrics", [metrics] if rank == 0 else [])
+    if REF_SYNC_EVERY:
+        reference = renew_reference(f"{run}-{last}", whole, gathered, 0 if last else 1, rank)
 
+    processes.stop_at_signals()
     progress = tqdm(range(last + 1, STEPS + 1), desc="GRPO", initial=last, total=STEPS, disable=rank > 0)
     for step in progress:
         started, seconds, sums = time.perf_counter(), Counter(), Counter()
@@ -313,9 +332,9 @@ def main():
         prompts = [train[epoch_order(n // len(train), len(train))[n % len(train)]] for n in numbers]
 
         # 2. A group of completions for each prompt.
-        with report.timed(seconds, "sample"):
+        with report.timed(seconds, "sample"), gathered():
             completions = sample(
-                model, [prompt["ids"] for prompt in prompts], GROUP_SIZE, max_tokens=MAX_COMPLETION_TOKENS, stop=stop,
+                sampled, [prompt["ids"] for prompt in prompts], GROUP_SIZE, max_tokens=MAX_COMPLETION_TOKENS, stop=stop,
                 temperature=TEMPERATURE, min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers])
         rows = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
         counts = reduce({"tokens": sum(len(c.tokens) for c in completions if c.ended or not MASK_TRUNCATED)})
@@ -326,9 +345,8 @@ def main():
                    for row, completion, weight in zip(rows, completions, weights)]
 
         # 3. The reference model's log-probs, in the background.
-        for number, batch in enumerate(micro_batches(samples, MICRO_BATCH_TOKENS) if BETA else []):
-            url = servers[(rank + number) % len(servers)]
-            answer = background.submit(request_logps, url, *pack(batch), TEMPERATURE)
+        for batch in micro_batches(samples, MICRO_BATCH_TOKENS) if BETA else []:
+            answer = background.submit(request_logps, REF_SERVER, *pack(batch), TEMPERATURE, reference)
             for place, sample_ in enumerate(batch):
                 sample_["answer"] = answer, place
 
@@ -349,14 +367,18 @@ def main():
             sums.update(add_gradients(engine, samples, kept, seconds))
             with report.timed(seconds, "train"):
                 engine.step()
+            applied = engine.was_step_applied() and engine.basic_optimizer.gradients_were_finite
+            sums["skipped_updates"] += (not applied) / world
 
         # 6. What there is to say about it.
         sums.update(reward_sums, reward_std=totals.view(-1, GROUP_SIZE).std(1).sum() * GROUP_SIZE,
-                    zero_groups=(len(samples) - len(kept)) / GROUP_SIZE)
+                    zero_groups=(len(samples) - len(kept)) / GROUP_SIZE, stop=processes.stopping.is_set())
         sums = reduce(sums)
+        stopped = sums.pop("stop") > 0
         tokens = max(1, sums.pop("tokens"))
         metrics = {"step": step, "loss": sums.pop("loss") / UPDATES_PER_BATCH, "lr": group["lr"],
-                   "completion_tokens_total": sums["tokens_mean"], "advantage_zero_groups": sums.pop("zero_groups")}
+                   "completion_tokens_total": sums["tokens_mean"], "advantage_zero_groups": sums.pop("zero_groups"),
+                   "skipped_updates": round(sums.pop("skipped_updates"))}
         metrics |= {name: sums.pop(name) / tokens
                     for name in ("kl", "entropy", "clip_low_frac", "clip_high_frac", "clip_region_frac")}
         metrics |= report.means(sums, len(samples) * world)
@@ -372,11 +394,20 @@ def main():
                  **{function.__name__: value for function, value in zip(rewards, column.tolist())}}
                 for row, text, s, column in zip(rows[:GROUP_SIZE], texts, samples, values.T)])
             progress.set_postfix_str(report.one_line(metrics))
-        if SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
-            checkpoint.save(engine, model, tokenizer, OUTPUT_DIR, step, KEEP_CHECKPOINTS, rank)
+        if REF_SYNC_EVERY and step % REF_SYNC_EVERY == 0:
+            wait([sample_["answer"][0] for sample_ in samples])
+            reference = renew_reference(f"{run}-{step}", whole, gathered, REF_MIXUP_ALPHA, rank)
+        if stopped or SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
+            checkpoint.save(engine, whole, gathered, tokenizer, OUTPUT_DIR, step, KEEP_CHECKPOINTS, rank)
+        skipped = skipped + 1 if metrics["skipped_updates"] else 0
+        if skipped == MAX_SKIPPED_STEPS:
+            raise SystemExit(f"step {step}: the loss or its gradients were not finite, {skipped} times in a row. "
+                             f"Likely causes: LR={LR} too high, TEMPERATURE={TEMPERATURE} too low, broken weights in MODEL")
+        if stopped:
+            break
     if rank == 0:
         report.show(OUTPUT_DIR)
 
 
 if __name__ == "__main__":
-    main()
+    processes.run(main)

@@ -9,33 +9,39 @@ rows one after the other, no padding), `prompt_lens` and `completion_lens` int32
 [sum(completion_lens)], natural log. `GET /health` says what is served. The server keeps no state: kill it, restart it,
 start several. It is not a text generator, and plain HTTP is not encrypted: use it inside a network that you trust.
 
+`PUT /weights/NAME?start=0&size=...` brings other weights, a safetensors file piece by piece, its bytes from `start` on.
+With the last one the server takes them over, between two answers; if that never comes, nothing changes. A request for
+log-probs with `reference=NAME` is answered 409 unless the server has these weights ("" are those of MODEL).
+
 `token_logps` below is the one place where log-probs are computed. The trainer imports it too, so the policy and the
-reference agree to rounding until the first update. The client half of the wire format is at the end of the file.
+reference agree to rounding until the first update. The client is `ref_client.py`.
 """
 import hmac
 import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import bottle
-import requests
 import torch
 import waitress
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from sampler import load_model, override_constants
+from sampler import load_model, micro_batches, override_constants
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name: the model that the policy starts from
 HOST = "127.0.0.1"  # any other address needs REF_TOKEN in the environment, here and at the trainer
 PORT = 59875
 BATCH_TOKENS = 16384  # tokens of one forward pass, padding counted; halved by itself when the GPU is too small
 MAX_BODY_MB = 64  # largest request; a larger one is refused before it is read
+PLACES = 24  # requests in work or waiting, of the server's 32 threads; one more is told to come again
 LOGITS_PER_TILE = 2**24  # logits that are alive at a time while log-probs are made: 64 MB in float32
 
 
@@ -57,12 +63,13 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     hidden = hidden[:, :-1][is_completion[:, 1:]]  # (C, H): position t predicts token t + 1
     targets = rows[is_completion]  # (C,)
 
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)  # asked for once, as with ZeRO 3 the processes gather them
     scale = getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1) / temperature  # Cohere, Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
 
     def tile_logps(hidden, targets):
-        logits = head(hidden).float()  # (tile, V)
+        logits = functional.linear(hidden, weight, bias).float()  # (tile, V)
         logits = scale * (cap * torch.tanh(logits / cap) if cap else logits)
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
@@ -71,19 +78,6 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     recompute = torch.is_grad_enabled() and len(targets) > size
     return torch.cat([checkpoint(tile_logps, *tile, use_reentrant=False) if recompute else tile_logps(*tile)
                       for tile in zip(hidden.split(size), targets.split(size))])
-
-
-def micro_batches(rows: list, budget: int) -> list[list]:
-    """Rows, each a dict with its `length`, in batches of similar length, longest first.
-
-    Rows x longest length is at most `budget`, but a longer row makes a batch by itself.
-    """
-    batches = []
-    for row in sorted(rows, key=lambda row: -row["length"]):
-        if not batches or batches[-1][0]["length"] * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
 
 
 @torch.no_grad()
@@ -109,7 +103,8 @@ def batched_logps(model, tokens, prompt_lens, completion_lens, temperature, budg
 
 def expect(condition, sentence: str, status=400) -> None:
     if not condition:
-        raise bottle.HTTPResponse(sentence + "\n", status, content_type="text/plain; charset=utf-8")
+        headers = {"Retry-After": "1"} if status == 503 else {}
+        raise bottle.HTTPResponse(sentence + "\n", status, headers, content_type="text/plain; charset=utf-8")
 
 
 def read_rows(body: bytes, vocab_size: int, max_length: int) -> list[torch.Tensor]:
@@ -138,6 +133,8 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
     """The WSGI application that serves `model`, called `name`, to clients that know `token`."""
     app, worker, config = bottle.Bottle(), ThreadPoolExecutor(1), model.config.get_text_config()
     sizes = {"vocab_size": config.vocab_size, "max_length": getattr(config, "max_position_embeddings", sys.maxsize)}
+    places, served = threading.BoundedSemaphore(PLACES), {"reference": ""}
+    largest, arriving = 4 * model.num_parameters() + 2**20, {}
     app.default_error_handler = lambda error: error.body
 
     @app.hook("before_request")
@@ -148,20 +145,58 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
 
     @app.get("/health")
     def health():
-        return {"status": "ok", "model": name, "dtype": str(model.dtype).removeprefix("torch.")} | sizes
+        return {"status": "ok", "model": name, "dtype": str(model.dtype).removeprefix("torch.")} | sizes | served
 
     @app.post("/logps")
     def logps():
         given = bottle.request.query
         temperature = given.get("temperature", -1, type=float) if "temperature" in given else 1.0
         expect(0 < temperature < float("inf"), "temperature must be a positive number")
-        rows = read_rows(bottle.request.body.read(), **sizes)
+        expect(places.acquire(blocking=False), f"{PLACES} requests are waiting already", 503)
         try:
-            answer = worker.submit(batched_logps, model, *rows, temperature, BATCH_TOKENS).result()
+            rows = read_rows(bottle.request.body.read(), **sizes)
+            answer = worker.submit(answer_rows, rows, temperature, given.get("reference")).result()
         except torch.OutOfMemoryError:
             expect(False, f"a row of {max(rows[1] + rows[2])} tokens does not fit in the server's memory", 413)
+        finally:
+            places.release()
         bottle.response.content_type = "application/octet-stream"
         return save({"logps": answer})
+
+    def answer_rows(rows, temperature, reference):
+        expect(reference in (None, served["reference"]), f"the reference here is {served['reference'] or MODEL}", 409)
+        return batched_logps(model, *rows, temperature, BATCH_TOKENS)
+
+    @app.put("/weights/<name>")
+    def weights(name):
+        start, size = (bottle.request.query.get(key, -1, type=int) for key in ("start", "size"))
+        body = bottle.request.body.read()
+        expect(0 < size <= largest, f"size={size}: expected 1 to {largest} bytes of safetensors")
+        expect(0 <= start < start + len(body) <= size, f"start={start}: not the place of {len(body)} in {size} bytes")
+        if start == 0 and name not in arriving:
+            arriving.clear()
+            arriving[name] = tempfile.NamedTemporaryFile()
+        file = arriving.get(name)
+        there = os.fstat(file.fileno()).st_size if file else 0
+        expect(start <= there, f"start={start}: only {there} bytes of {name} are here, start again", 409)
+        os.pwrite(file.fileno(), body, start)
+        if start + len(body) == size:
+            worker.submit(take_over, file.name, name).result()
+            arriving.clear()
+        return served
+
+    def take_over(path, name):
+        try:
+            new = load_file(path)
+        except SafetensorError as error:
+            expect(False, f"the weights are not safetensors: {error}")
+        old = dict(model.named_parameters())
+        same = old.keys() == new.keys() and all(old[key].shape == new[key].shape for key in old)
+        expect(same, f"{name} holds the weights of another model than {MODEL}")
+        with torch.no_grad():
+            for key, parameter in old.items():
+                parameter.copy_(new[key])
+        served["reference"] = name
 
     return app
 
@@ -190,49 +225,6 @@ def main():
     while time.monotonic() < deadline and any(
             channel.requests or channel.total_outbufs_len for channel in [*server.active_channels.values()]):
         time.sleep(0.05)
-
-
-# ------------------------------------------------------------------------------------------------- the client
-
-def ask(method: str, url: str, patience: float, **options) -> requests.Response:
-    """One HTTP exchange, tried again for `patience` seconds while nobody answers; SystemExit says what went wrong."""
-    headers = {"Authorization": f"Bearer {os.environ.get('REF_TOKEN', '')}"}
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            response = requests.request(
-                method, url, headers=headers, timeout=(5, max(1, deadline - time.monotonic())), **options)
-        except requests.RequestException as error:
-            if time.monotonic() > deadline:
-                raise SystemExit(f"no answer from a reference server at {url} in {patience:.0f} s (start it: "
-                                 f"python ref_server.py MODEL=...): {error}") from None
-            time.sleep(0.5)
-        else:
-            if response.status_code != 200:
-                raise SystemExit(f"{url} answered {response.status_code}: {response.text.strip()}")
-            return response
-
-
-def request_logps(url, tokens, prompt_lens, completion_lens, temperature, patience=300.0) -> tuple[torch.Tensor, ...]:
-    """The reference log-probs of packed rows (see `token_logps`) from the server at `url`, one float32 tensor a row."""
-    rows = {"tokens": tokens, "prompt_lens": prompt_lens, "completion_lens": completion_lens}
-    body = save({name: tensor.to("cpu", torch.int32) for name, tensor in rows.items()})
-    answer = ask("POST", f"{url}/logps", patience, params={"temperature": temperature}, data=body)
-    return load(answer.content)["logps"].split(completion_lens.tolist())
-
-
-@torch.no_grad()
-def check_server(url: str, model, name: str, ids: list[int]) -> None:
-    """SystemExit if no server is at `url`, or if its log-probs of `ids` are not those of `model`, known as `name`."""
-    health = ask("GET", f"{url}/health", patience=25).json()
-    tokens, difference = torch.tensor(ids, device=model.device), float("inf")
-    if health["vocab_size"] == model.config.get_text_config().vocab_size:
-        theirs = request_logps(url, tokens, torch.tensor([1]), torch.tensor([len(ids) - 1]), 1.0)[0]
-        ours = model(tokens[None]).logits[0, :-1].float().log_softmax(-1).gather(1, tokens[1:, None])[:, 0].cpu()
-        difference = (ours - theirs).abs().mean()
-    if not difference < 0.1:  # bfloat16 rounds by less, another model differs by more
-        raise SystemExit(f"the reference server at {url} holds {health['model']}, which is not the policy's model: "
-                         f"start it with python ref_server.py MODEL={name}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from math import inf
 
 import torch
 from matplotlib.figure import Figure
@@ -57,12 +58,14 @@ def write(folder: str, name: str, rows: list[dict]) -> None:
     os.makedirs(folder, exist_ok=True)
     with open(f"{folder}/{name}.jsonl", "a", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n")
+            numbers = {key: None if value in (inf, -inf) or value != value else value for key, value in row.items()}
+            file.write(json.dumps(numbers) + "\n")
 
 
 def one_line(metrics: dict) -> str:
+    skipped = ", UPDATE SKIPPED: not finite" if metrics["skipped_updates"] else ""
     return (f"reward {metrics['reward']:.2f}, accuracy {metrics['accuracy']:.0%}, "
-            f"{metrics['completion_tokens_mean']:.0f} tokens, KL {metrics['kl']:.1e}")
+            f"{metrics['completion_tokens_mean']:.0f} tokens, KL {metrics['kl']:.1e}{skipped}")
 
 
 def read(folder: str) -> list[dict]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from datasets import load_dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the other
@@ -54,6 +55,14 @@ def load_model(path: str, tokens: int = 0):
     if tokens > longest:
         raise SystemExit(f"MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS is over the {longest} tokens of MODEL={path}")
     return model, tokenizer
+
+
+def add_adapters(model, rank: int, seed: int):
+    """LoRA (arXiv 2106.09685) at every linear layer but the LM head: `model` itself changes, and from now on only the
+    adapters are trained. What is returned is the same model for saving, as `checkpoint.save` needs it."""
+    torch.manual_seed(seed)
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, settings)
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -192,4 +201,27 @@ def draw(logits, uniform):
         return logps.argmax(-1), logps.max(-1).values
     cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    tokens.clamp_(max=logits.shape[1] - 1)  # past the end if the logits are not numbers
     return tokens[:, 0], logps.gather(1, tokens)[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+def pack(samples: list[dict], device="cpu") -> list[torch.Tensor]:
+    """Samples as B ragged rows: tokens (N,), prompt_lens (B,), completion_lens (B,)."""
+    tokens = torch.cat([part for sample in samples for part in (sample["prompt"], sample["completion"])])
+    lens = torch.tensor([[len(sample["prompt"]), len(sample["completion"])] for sample in samples]).T
+    return [tensor.to(device) for tensor in (tokens, *lens)]
+
+
+def micro_batches(rows: list, budget: int) -> list[list]:
+    """Rows, each a dict with its `length`, in batches of similar length, longest first.
+
+    Rows x longest length is at most `budget`, but a longer row makes a batch by itself.
+    """
+    batches = []
+    for row in sorted(rows, key=lambda row: -row["length"]):
+        if not batches or batches[-1][0]["length"] * (len(batches[-1]) + 1) > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
