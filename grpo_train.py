@@ -27,12 +27,14 @@ from tqdm import tqdm
 import checkpoint
 import processes
 import report
+from evaluation import columns, evaluate, score
 from processes import reduce
-from ref_client import Reference, check_servers, request_logps, send, write_reference
+from ref_client import check_servers, renew_reference, request_logps
 from ref_server import token_logps
-from rewards import check_rewards, compute_rewards, load_rewards, reward_correct, reward_format
+from rewards import check_rewards, load_rewards, reward_correct, reward_format
 from sampler import (
-    add_adapters, load_model, load_prompts, micro_batches, override_constants, pack, sample, stop_ids, tokens_until)
+    add_adapters, check_constants, load_model, load_prompts, micro_batches, override_constants, pack, sample, stop_ids,
+    tokens_until)
 
 # Model and data
 MODEL = "examples/arithmetic/model"  # local folder or hub name
@@ -180,34 +182,12 @@ def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str
 
     real = weight > 0
     low, high = real & (ratio < 1 - CLIP_LOW) & (advantage < 0), real & (ratio > 1 + CLIP_HIGH) & (advantage > 0)
-    sums = {"loss": loss, "tokens": real.sum(), "kl": kl[real].sum(), "entropy": -logps[real].sum(),
+    sums = {"loss": loss, "count tokens": real.sum(), "kl": kl[real].sum(), "entropy": -logps[real].sum(),
             "clip_low_frac": low.sum(), "clip_high_frac": high.sum(), "clip_region_frac": (low | high).sum()}
     return loss, logps.detach(), {name: value.item() for name, value in sums.items()}
 
 
 # ------------------------------------------------------------------------------------------------- around the loop
-
-def columns(rows: list[dict]) -> dict[str, list]:
-    """What the reward functions see of the data set."""
-    return {name: [row["columns"][name] for row in rows] for name in (rows[0]["columns"] if rows else [])}
-
-
-def score(rewards: dict, rows: list[dict], completions: list, tokenizer):
-    """The completions as text, EOS cut off; their rewards by function (F, B), None as NaN; their steps, F lists of B;
-    the weighted sum of all functions (B,), and of those without steps (B,); sums to log."""
-    texts = [tokenizer.decode(completion.tokens[: -1 if completion.ended else None]) for completion in completions]
-    ids = [completion.tokens.tolist() for completion in completions]
-    prompts = [row["text"] for row in rows]
-    values, steps = compute_rewards(rewards, texts, prompts=prompts, completion_ids=ids, **columns(rows))
-    values = torch.tensor(values, dtype=torch.float64)
-    weighted = values * torch.tensor(list(rewards.values()))[:, None]
-    totals, outcomes = weighted.nansum(0), weighted[[not any(row) for row in steps]].nansum(0)
-    sums = {"reward": totals.sum(), "accuracy": (values[0] > 0).sum(), "tokens_mean": sum(map(len, ids)),
-            "truncated_frac": sum(not completion.ended for completion in completions)}
-    for function, row in zip(rewards, values):
-        sums |= {f"reward/{function.__name__}": row.nansum(), f"count reward/{function.__name__}": (~row.isnan()).sum()}
-    return texts, values, steps, totals, outcomes, sums
-
 
 def add_gradients(engine, samples: list[dict], kept: list[dict], seconds: Counter) -> Counter:
     """The gradients of the step's loss, from the samples that have a signal: sums to log.
@@ -241,34 +221,6 @@ def spread(values: torch.Tensor) -> float:
     return (reduce({"sum": (values - mean).square().sum()})["sum"] / (PROMPTS_PER_STEP * GROUP_SIZE - 1)) ** 0.5
 
 
-def evaluate(model, tokenizer, rewards: dict, rows: list[dict], stop: list[int]) -> dict[str, float]:
-    """Greedy completions of the held-out rows, shared by the processes: accuracy, rewards, length, share cut off."""
-    mine = rows[dist.get_rank() :: dist.get_world_size()]
-    ids = [row["ids"] for row in mine]
-    completions = sample(model, ids, 1, max_tokens=MAX_COMPLETION_TOKENS, stop=stop, temperature=0)
-    *_, sums = score(rewards, mine, completions, tokenizer)
-    return {f"eval_{name}": value for name, value in report.means(reduce(sums), len(rows)).items()}
-
-
-def check_constants(world: int) -> None:
-    """SystemExit at the first one that cannot be right, for so many processes."""
-    wrong = {
-        f"PROMPTS_PER_STEP={PROMPTS_PER_STEP} cannot be shared equally by {world} processes": PROMPTS_PER_STEP % world,
-        f"GROUP_SIZE={GROUP_SIZE}: a group needs at least 2 completions to compare": GROUP_SIZE < 2,
-        f"TEMPERATURE={TEMPERATURE}: sampling needs a positive one": TEMPERATURE <= 0,
-        f"UPDATES_PER_BATCH={UPDATES_PER_BATCH}: a batch is for one update at least": UPDATES_PER_BATCH < 1,
-        f"REF_MIXUP_ALPHA={REF_MIXUP_ALPHA}: expected above 0, up to 1": not 0 < REF_MIXUP_ALPHA <= 1,
-        f"REF_SYNC_EVERY={REF_SYNC_EVERY}: with BETA=0 there is no reference": REF_SYNC_EVERY and not BETA,
-    }
-    choices = {"LOSS_TYPE": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"), "IMPORTANCE": ("token", "sequence"),
-               "ADVANTAGE_SCALE": ("group", "batch", "none"), "ZERO_STAGE": (0, 1, 2, 3)}
-    for name, allowed in choices.items():
-        value = globals()[name]
-        wrong[f"{name}={value}: expected one of {', '.join(map(str, allowed))}"] = value not in allowed
-    for sentence in filter(wrong.get, wrong):
-        raise SystemExit(sentence)
-
-
 def drop_bad_gradients(optimizer, *_) -> None:
     """Before the optimizer's step, which changes nothing then. ZeRO 1 to 3 do not come so far with bad gradients."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -277,26 +229,13 @@ def drop_bad_gradients(optimizer, *_) -> None:
         optimizer.zero_grad()
 
 
-def renew_reference(name: str, model, gathered, alpha: float, rank: int) -> Reference:
-    """Brings alpha * policy + (1 - alpha) * reference to the servers, when all processes have their answers."""
-    reference = Reference(name, Path(OUTPUT_DIR) / "reference.safetensors")
-    dist.barrier()
-    with gathered():
-        if rank == 0 and alpha:
-            write_reference(reference.file, checkpoint.merged(model), alpha)
-    if rank == 0:
-        send(REF_SERVER, reference)
-    dist.barrier()
-    return reference
-
-
 def main():
     rank, world = processes.start()
-    check_constants(world)
+    check_constants(globals(), world)
     last = checkpoint.begin(OUTPUT_DIR, globals() | {"PROCESSES": world}, RESUME) if rank == 0 else 0
     last, run = map(int, reduce({"last": last, "run": secrets.randbits(48) if rank == 0 else 0}).values())
     model, tokenizer = load_model(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS)
-    rewards, stop = load_rewards(REWARDS), stop_ids(model, tokenizer)
+    rewards, limits = load_rewards(REWARDS), {"max_tokens": MAX_COMPLETION_TOKENS, "stop": stop_ids(model, tokenizer)}
     train, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS) if name else []
                       for name in (DATASET, EVAL_DATASET if EVAL_EVERY else ""))
     for rows in filter(None, (train, heldout)):
@@ -317,14 +256,15 @@ def main():
         checkpoint.load(engine, OUTPUT_DIR, last)
     else:
         with gathered():
-            metrics = {"step": 0} | (evaluate(sampled, tokenizer, rewards, heldout, stop) if EVAL_EVERY else {})
+            metrics = {"step": 0} | (evaluate(sampled, tokenizer, rewards, heldout, **limits) if EVAL_EVERY else {})
         report.write(OUTPUT_DIR, "metrics", [metrics] if rank == 0 else [])
     if REF_SYNC_EVERY:
-        reference = renew_reference(f"{run}-{last}", whole, gathered, 0 if last else 1, rank)
+        renew = partial(renew_reference, REF_SERVER, Path(OUTPUT_DIR), whole, gathered)
+        reference = renew(f"{run}-{last}", alpha=0 if last else 1)
 
     processes.stop_at_signals()
-    progress = tqdm(range(last + 1, STEPS + 1), desc="GRPO", initial=last, total=STEPS, disable=rank > 0)
-    for step in progress:
+    progress = tqdm(desc="GRPO", initial=last, total=STEPS, disable=rank > 0)
+    for step in range(last + 1, STEPS + 1):
         started, seconds, sums = time.perf_counter(), Counter(), Counter()
 
         # 1. This process' share of the step's prompts. A prompt's number fixes its place in the data and its seed.
@@ -334,8 +274,8 @@ def main():
         # 2. A group of completions for each prompt.
         with report.timed(seconds, "sample"), gathered():
             completions = sample(
-                sampled, [prompt["ids"] for prompt in prompts], GROUP_SIZE, max_tokens=MAX_COMPLETION_TOKENS, stop=stop,
-                temperature=TEMPERATURE, min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers])
+                sampled, [prompt["ids"] for prompt in prompts], GROUP_SIZE, temperature=TEMPERATURE,
+                min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers], **limits)
         rows = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
         counts = reduce({"tokens": sum(len(c.tokens) for c in completions if c.ended or not MASK_TRUNCATED)})
         weights = token_weights([len(completion.tokens) for completion in completions], counts["tokens"])
@@ -368,43 +308,41 @@ def main():
             with report.timed(seconds, "train"):
                 engine.step()
             applied = engine.was_step_applied() and engine.basic_optimizer.gradients_were_finite
-            sums["skipped_updates"] += (not applied) / world
+            sums["skipped_updates"] += rank == 0 and not applied
+        sums["loss"] /= UPDATES_PER_BATCH
 
         # 6. What there is to say about it.
         sums.update(reward_sums, reward_std=totals.view(-1, GROUP_SIZE).std(1).sum() * GROUP_SIZE,
-                    zero_groups=(len(samples) - len(kept)) / GROUP_SIZE, stop=processes.stopping.is_set())
-        sums = reduce(sums)
-        stopped = sums.pop("stop") > 0
-        tokens = max(1, sums.pop("tokens"))
-        metrics = {"step": step, "loss": sums.pop("loss") / UPDATES_PER_BATCH, "lr": group["lr"],
-                   "completion_tokens_total": sums["tokens_mean"], "advantage_zero_groups": sums.pop("zero_groups"),
-                   "skipped_updates": round(sums.pop("skipped_updates"))}
-        metrics |= {name: sums.pop(name) / tokens
-                    for name in ("kl", "entropy", "clip_low_frac", "clip_high_frac", "clip_region_frac")}
-        metrics |= report.means(sums, len(samples) * world)
-        metrics |= {"completion_tokens_mean": metrics.pop("tokens_mean"), "peak_memory_mb": report.peak_memory_mb(),
-                    "grad_norm": float(engine.get_global_grad_norm() or 0), "seconds": time.perf_counter() - started,
-                    **{f"seconds_{name}": seconds[name] for name in ("sample", "reward", "ref_wait", "train")}}
+                    completion_tokens_total=reward_sums["completion_tokens_mean"], stop=processes.stopping.is_set(),
+                    advantage_zero_groups=(len(samples) - len(kept)) / GROUP_SIZE)
+        metrics = {"step": step, "lr": group["lr"], **report.means(reduce(sums), len(samples) * world),
+                   "grad_norm": float(engine.get_global_grad_norm() or 0), "peak_memory_mb": report.peak_memory_mb(),
+                   "seconds": time.perf_counter() - started,
+                   **{f"seconds_{name}": seconds[name] for name in ("sample", "reward", "ref_wait", "train")}}
+        stop_asked = metrics.pop("stop") > 0
         if EVAL_EVERY and (step % EVAL_EVERY == 0 or step == STEPS):
-            metrics |= evaluate(model, tokenizer, rewards, heldout, stop)
+            with gathered():
+                metrics |= evaluate(sampled, tokenizer, rewards, heldout, **limits)
         if rank == 0:
             report.write(OUTPUT_DIR, "metrics", [metrics])
             report.write(OUTPUT_DIR, "completions", [
                 {"step": step, "prompt": row["text"], "completion": text, "advantage": s["advantage"].mean().item(),
                  **{function.__name__: value for function, value in zip(rewards, column.tolist())}}
                 for row, text, s, column in zip(rows[:GROUP_SIZE], texts, samples, values.T)])
-            progress.set_postfix_str(report.one_line(metrics))
+            progress.set_postfix_str(report.one_line(metrics), refresh=False)
+            progress.update()
         if REF_SYNC_EVERY and step % REF_SYNC_EVERY == 0:
             wait([sample_["answer"][0] for sample_ in samples])
-            reference = renew_reference(f"{run}-{step}", whole, gathered, REF_MIXUP_ALPHA, rank)
-        if stopped or SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
+            reference = renew(f"{run}-{step}", alpha=REF_MIXUP_ALPHA)
+        if stop_asked or SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
             checkpoint.save(engine, whole, gathered, tokenizer, OUTPUT_DIR, step, KEEP_CHECKPOINTS, rank)
         skipped = skipped + 1 if metrics["skipped_updates"] else 0
         if skipped == MAX_SKIPPED_STEPS:
             raise SystemExit(f"step {step}: the loss or its gradients were not finite, {skipped} times in a row. "
-                             f"Likely causes: LR={LR} too high, TEMPERATURE={TEMPERATURE} too low, broken weights in MODEL")
-        if stopped:
+                             f"Likely: LR={LR} is too high, TEMPERATURE={TEMPERATURE} too low, or MODEL={MODEL} broken")
+        if stop_asked:
             break
+    progress.close()
     if rank == 0:
         report.show(OUTPUT_DIR)
 

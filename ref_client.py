@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 import requests
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
+
+from checkpoint import merged
 
 
 turn = itertools.count(int(os.environ.get("RANK", 0)))  # whose turn it is among the servers
@@ -105,6 +108,23 @@ def check_server(url: str, model, name: str, ids: list[int]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- another reference
+
+def renew_reference(servers: str, folder: Path, model, gathered, name: str, alpha: float) -> Reference:
+    """Brings the next reference, called `name`, to the servers when every process has the answers of the one before it.
+
+    By all processes together. Within `gathered()` the parameters of `model` are whole. With an `alpha` of 0 it is what
+    the folder holds. SystemExit if a server does not take it.
+    """
+    reference = Reference(name, folder / "reference.safetensors")
+    dist.barrier()
+    with gathered():
+        if dist.get_rank() == 0 and alpha:
+            write_reference(reference.file, merged(model), alpha)
+    if dist.get_rank() == 0:
+        send(servers, reference)
+    dist.barrier()
+    return reference
+
 
 def write_reference(file: Path, model, alpha: float) -> None:
     """The next reference, alpha * model + (1 - alpha) * what is in the file; if alpha is 1 just the model's weights.

@@ -10,11 +10,13 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from math import inf
+from math import inf, nan
 
 import torch
 from matplotlib.figure import Figure
 
+OF_TOKENS = ("kl", "entropy", "clip_low_frac", "clip_high_frac", "clip_region_frac")
+SUMS = ("loss", "completion_tokens_total", "advantage_zero_groups", "skipped_updates", "stop")
 PANELS = {
     "reward (mean of the step)": ["reward"],
     "held-out accuracy (greedy)": ["eval_accuracy"],
@@ -48,8 +50,11 @@ def peak_memory_mb() -> float:
 
 
 def means(sums: dict[str, float], completions: int) -> dict[str, float]:
-    """Means over all completions; of a reward function over those that it applies to, as many as "count ..." says."""
-    return {name: value / (sums.get(f"count {name}", completions) or float("nan"))
+    """Means over all completions; of a reward function over those that it applies to, as many as "count ..." says; over
+    as many tokens as were trained on; and what stays a sum."""
+    divisors = dict.fromkeys(SUMS, 1) | dict.fromkeys(OF_TOKENS, max(1, sums.get("count tokens", 0)))
+    divisors |= {name.removeprefix("count "): count or nan for name, count in sums.items() if name.startswith("count ")}
+    return {name: value / divisors.get(name, completions)
             for name, value in sums.items() if not name.startswith("count ")}
 
 

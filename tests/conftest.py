@@ -1,11 +1,14 @@
 """Shared by the tests: small real models, a real reference server, real launches."""
 
+import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,7 @@ class Process:
             stdout=out.open("w"),
             stderr=subprocess.STDOUT,
             cwd=ROOT,
+            start_new_session=True,
             env=os.environ | (env or {}),
         )
 
@@ -35,7 +39,19 @@ class Process:
         try:
             return self.popen.wait(seconds), self.out.read_text()
         finally:
-            self.popen.kill()
+            self.end()
+
+    def end(self) -> None:
+        """Kills it and what it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        self.popen.wait()
+
+    def wait_until(self, condition, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.popen.poll() is None and time.monotonic() < deadline, self.out.read_text()
+            time.sleep(0.002)
 
     def wait_for(self, pattern: str, seconds: float = 60) -> re.Match:
         deadline = time.monotonic() + seconds
@@ -51,14 +67,30 @@ def launch(tmp_path):
     started = []
 
     def start(*arguments, env=None):
-        program = arguments if arguments[0] == "deepspeed" else [sys.executable, *arguments]
+        python = arguments[0] == "-c" or arguments[0].endswith(".py")
+        program = [sys.executable, *arguments] if python else arguments
         started.append(Process(program, tmp_path / f"out{len(started)}.txt", env))
         return started[-1]
 
     yield start
     for process in started:
-        process.popen.kill()
-        process.popen.wait()
+        process.end()
+
+
+def rows(path: Path) -> list[dict]:
+    """The objects of a .jsonl file, without what differs from run to run."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: v for name, v in row.items() if not name.startswith(("seconds", "peak_memory_mb"))} for row in found]
+
+
+@pytest.fixture(scope="session")
+def few(tiny_folder, tmp_path_factory) -> list[str]:
+    """Arguments for the untrained model and a handful of problems: enough to compare runs bit by bit."""
+    path = tmp_path_factory.mktemp("few") / "data.jsonl"
+    problems = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(20)]
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    reward = "REWARDS=reward_len,reward_format"  # an untrained model gets no other
+    return [f"MODEL={tiny_folder}", f"DATASET={path}", f"EVAL_DATASET={path}", "MAX_COMPLETION_TOKENS=16", reward]
 
 
 @pytest.fixture(scope="session")
@@ -89,8 +121,7 @@ def server(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("server") / "out.txt"
     process = Process([sys.executable, "ref_server.py", f"MODEL={tiny_folder}", "PORT=0", "MAX_BODY_MB=1"], out)
     yield process.wait_for(r"http://127.0.0.1:\d+")[0]
-    process.popen.kill()
-    process.popen.wait()
+    process.end()
 
 
 @pytest.fixture(scope="session")

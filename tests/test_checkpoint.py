@@ -2,43 +2,19 @@
 
 import json
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, rows
 from safetensors.torch import load_file
 
 import checkpoint
 
 SAME = "BETA=0 STEPS=6 SAVE_EVERY=2 EVAL_EVERY=3".split()
-TIMES = ("seconds", "peak_memory_mb")
-
-
-def rows(path):
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in found]
-
-
-def wait_until(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.popen.poll() is None and time.monotonic() < deadline, process.out.read_text()
-        time.sleep(0.002)
-
-
-@pytest.fixture(scope="module")
-def few(tiny_folder, tmp_path_factory):
-    """The untrained model and a handful of problems, which are enough to compare runs bit by bit."""
-    path = tmp_path_factory.mktemp("few") / "data.jsonl"
-    problems = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(20)]
-    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    length = "MAX_COMPLETION_TOKENS=16"
-    reward = "REWARDS=reward_len,reward_format"  # an untrained model gets no other
-    return [f"MODEL={tiny_folder}", f"DATASET={path}", f"EVAL_DATASET={path}", length, reward, *SAME]
 
 
 def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(launch, few, tmp_path):
+    few = [*few, *SAME]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     code, text = launch("grpo_train.py", *few, f"OUTPUT_DIR={whole}").wait()
     assert code == 0, text
@@ -48,9 +24,8 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(launch, few, tmp_
     ]
     for moment in moments:
         run = launch("grpo_train.py", *few, f"OUTPUT_DIR={broken}")
-        wait_until(moment, run)
-        run.popen.kill()
-        run.popen.wait()
+        run.wait_until(moment)
+        run.end()
     code, text = launch("grpo_train.py", *few, f"OUTPUT_DIR={broken}").wait()
     assert code == 0, text
     first, second = (load_file(folder / "step_6/model.safetensors") for folder in (whole, broken))

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo_train
+from sampler import check_constants
 
 METRICS = set(
     """step reward reward_std reward/reward_correct reward/reward_format advantage_zero_groups kl loss entropy
@@ -159,23 +160,22 @@ def test_two_updates_of_dapo_are_those_of_any_number_of_processes(launch, embedd
 @pytest.mark.parametrize(
     "constants, world, sentence",
     [
-        ({"PROMPTS_PER_STEP": 16}, 3, "PROMPTS_PER_STEP=16 cannot be shared equally by 3 processes"),
+        ({"PROMPTS_PER_STEP": 16}, 3, "PROMPTS_PER_STEP=16: cannot be shared equally by 3 processes"),
         ({"GROUP_SIZE": 1}, 1, "GROUP_SIZE=1"),
         ({"TEMPERATURE": 0.0}, 1, "TEMPERATURE=0.0"),
         ({"LOSS_TYPE": "ppo"}, 1, "LOSS_TYPE=ppo"),
         ({"IMPORTANCE": "word"}, 1, "IMPORTANCE=word"),
         ({"ADVANTAGE_SCALE": "std"}, 1, "ADVANTAGE_SCALE=std"),
         ({"UPDATES_PER_BATCH": 0}, 1, "UPDATES_PER_BATCH=0"),
-        ({"ZERO_STAGE": 3}, 1, "ZERO_STAGE=3"),
+        ({"ZERO_STAGE": 4}, 1, "ZERO_STAGE=4"),
+        ({"REF_MIXUP_ALPHA": 1.5}, 1, "REF_MIXUP_ALPHA=1.5"),
+        ({"REF_SYNC_EVERY": 5, "BETA": 0.0}, 1, "REF_SYNC_EVERY=5: with BETA=0"),
     ],
 )
-def test_bad_constants_are_refused_before_anything_is_loaded(monkeypatch, constants, world, sentence):
-    for name, value in constants.items():
-        monkeypatch.setattr(grpo_train, name, value)
-    for name, value in {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
+def test_bad_constants_are_refused_before_anything_is_loaded(constants, world, sentence):
+    check_constants(vars(grpo_train) | {"PROMPTS_PER_STEP": 12}, 3)  # the others are right
     with pytest.raises(SystemExit, match=sentence):
-        grpo_train.start_processes()
+        check_constants(vars(grpo_train) | constants, world)
 
 
 COUNT_FORWARD_PASSES = """

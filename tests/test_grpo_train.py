@@ -9,7 +9,8 @@ import torch
 import grpo_train
 import report
 from grpo_train import GRPO_step, epoch_order, group_advantages, pack, set_advantages
-from ref_server import micro_batches, token_logps
+from ref_server import token_logps
+from sampler import micro_batches
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def test_loss_and_gradient_are_those_of_the_paper():
     ours.backward()
     assert ours.item() == pytest.approx(loss, rel=1e-6)
     assert leaf.grad.tolist() == pytest.approx(gradient, rel=1e-5)
-    assert sums["tokens"] == 8 and sums["clip_low_frac"] == sums["clip_high_frac"] == 0
+    assert sums["count tokens"] == 8 and sums["clip_low_frac"] == sums["clip_high_frac"] == 0
     assert sums["kl"] == pytest.approx(sum(math.exp(r - p) - (r - p) - 1 for r, p in zip(ref_logps, logps)), rel=1e-5)
     assert sums["entropy"] == pytest.approx(-sum(logps), rel=1e-6)
 

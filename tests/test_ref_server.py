@@ -17,7 +17,8 @@ import transformers
 from safetensors.torch import load, save
 
 import ref_server
-from ref_server import batched_logps, check_server, request_logps, token_logps
+from ref_client import check_server, request_logps
+from ref_server import batched_logps, token_logps
 
 SHAPE = dict(
     vocab_size=320,
@@ -120,7 +121,8 @@ def test_server_agrees_with_plain_transformers(tiny, server):
 
 def test_server_says_what_it_holds(server, tiny_folder):
     health = requests.get(f"{server}/health").json()
-    assert health == {"status": "ok", "model": tiny_folder, "vocab_size": 327, "max_length": 1024, "dtype": "float32"}
+    sizes = {"vocab_size": 327, "max_length": 1024}
+    assert health == {"status": "ok", "model": tiny_folder, "dtype": "float32", "reference": "", **sizes}
 
 
 def test_another_model_is_refused_by_the_trainer(server, tiny):
