@@ -181,8 +181,8 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
         expect(start <= there, f"start={start}: only {there} bytes of {name} are here, start again", 409)
         os.pwrite(file.fileno(), body, start)
         if start + len(body) == size:
-            worker.submit(take_over, file.name, name).result()
             arriving.clear()
+            worker.submit(take_over, file.name, name).result()
         return served
 
     def take_over(path, name):

@@ -92,69 +92,43 @@ def test_process_supervision_alone_teaches_the_embedded_task(launch, embedded, t
     assert history[20]["kl"] == 0.0
 
 
-def test_processes_zero_stage_and_micro_batches_do_not_change_the_update(launch, embedded, tmp_path):
-    # BETA=0 contacts no reference server: there is none at this address.
-    common = [
-        *data(embedded),
-        "BETA=0",
-        "REF_SERVER=http://127.0.0.1:9",
-        "STEPS=1",
-        "LR=1e-3",
-        "WARMUP_STEPS=0",
-        "EVAL_EVERY=0",
-        "SAVE_EVERY=1",
-    ]
-    runs = {
-        "one": ["grpo_train.py"],
-        "many": ["grpo_train.py", "MICRO_BATCH_TOKENS=400"],
-        "checkpointing": ["grpo_train.py", "GRADIENT_CHECKPOINTING=True"],
-        **{
-            f"two, ZeRO {stage}": [
-                "deepspeed",
-                "--num_accelerators",
-                "2",
-                f"--master_port={29600 + stage}",
-                "grpo_train.py",
-                f"ZERO_STAGE={stage}",
-                "MICRO_BATCH_TOKENS=400",
-            ]
-            for stage in (0, 1, 2)
-        },
-    }
-    start, after = weights(f"{embedded}/model"), {}
-    for name, command in runs.items():
-        code, text = launch(*command, *common, f"OUTPUT_DIR={tmp_path}/{name}").wait()
-        assert code == 0, text
-        after[name] = weights(tmp_path / name / "step_1")
-    for name, other in after.items():
-        difference = (other - after["one"]).norm() / (after["one"] - start).norm()
-        assert difference < 1e-3, (name, difference)  # of Adam's first step, the sign of tiny gradients included
-        assert (other - after["one"]).norm() / after["one"].norm() < 1e-5, name
-    metrics = [read(tmp_path / name / "metrics.jsonl")[1] for name in runs]
-    for key in "reward", "completion_tokens_total", "loss", "entropy", "advantage_zero_groups":
-        assert [m[key] for m in metrics] == pytest.approx([metrics[0][key]] * len(runs), rel=1e-5, abs=1e-7), key
-    grad_norms = [m["grad_norm"] for m in metrics if m["grad_norm"]]  # DeepSpeed tells none with ZeRO 0
-    assert grad_norms == pytest.approx([grad_norms[0]] * len(grad_norms), rel=1e-5)
-
-
-def test_two_updates_of_dapo_are_those_of_any_number_of_processes(launch, embedded, tmp_path):
+UPDATES = {  # the constants of an update, and how it may be split; the first way is what the others are compared with
+    "grpo": ("LR=1e-3", ["1", "1 MICRO_BATCH_TOKENS=400", "1 GRADIENT_CHECKPOINTING=True", "1 ZERO_STAGE=0",
+                         "1 ZERO_STAGE=2", "1 ZERO_STAGE=3", "2 ZERO_STAGE=0 MICRO_BATCH_TOKENS=400", "2 ZERO_STAGE=1",
+                         "2 ZERO_STAGE=2 MICRO_BATCH_TOKENS=400", "2 ZERO_STAGE=3 MICRO_BATCH_TOKENS=400",
+                         "2 ZERO_STAGE=3 MICRO_BATCH_TOKENS=1000 GRADIENT_CHECKPOINTING=True"]),
     # token weights and the deviation of the rewards are those of the whole step, some completions are cut off
-    common = [
-        *data(embedded), "BETA=0", "STEPS=1", "LR=1e-4", "WARMUP_STEPS=0", "EVAL_EVERY=0", "SAVE_EVERY=1",
-        "LOSS_TYPE=dapo", "ADVANTAGE_SCALE=batch", "MASK_TRUNCATED=True", "MAX_COMPLETION_TOKENS=28", "CLIP_LOW=0.01",
-        "CLIP_HIGH=0.01", "UPDATES_PER_BATCH=2", "MICRO_BATCH_TOKENS=1000",
-    ]
-    two = ["deepspeed", "--num_accelerators", "2", "--master_port=29610"]
-    after, metrics = [], []
-    for name, command in ("one", []), ("two", two):
-        code, text = launch(*command, "grpo_train.py", *common, f"OUTPUT_DIR={tmp_path}/{name}").wait()
+    "dapo": ("LR=1e-4 LOSS_TYPE=dapo ADVANTAGE_SCALE=batch MASK_TRUNCATED=True MAX_COMPLETION_TOKENS=28 CLIP_LOW=0.01 "
+             "CLIP_HIGH=0.01 UPDATES_PER_BATCH=2 MICRO_BATCH_TOKENS=1000", ["1", "2", "2 ZERO_STAGE=3"]),
+    "lora": ("LR=1e-2 LORA_RANK=4", ["1", "2 ZERO_STAGE=3 MICRO_BATCH_TOKENS=400"]),
+}
+
+
+def test_an_update_does_not_depend_on_how_it_is_split(launch, embedded, tmp_path):
+    # BETA=0 contacts no reference server: there is none at this address.
+    common = [*data(embedded), "BETA=0", "REF_SERVER=http://127.0.0.1:9", "STEPS=1", "WARMUP_STEPS=0", "EVAL_EVERY=0"]
+    runs = [(name, way, tmp_path / f"{name}{number}", constants)
+            for name, (constants, ways) in UPDATES.items() for number, way in enumerate(ways)]
+    for world in "1", "2":
+        turns = [argument for _, way, folder, constants in runs if way[0] == world
+                 for argument in ("--", f"OUTPUT_DIR={folder}", *constants.split(), *way.split()[1:])]
+        launcher = "deepspeed", "--num_accelerators", world, "--master_port=29610", "tests/in_turn.py"
+        code, text = launch(*launcher, *common, *turns).wait(300)
         assert code == 0, text
-        after.append(weights(tmp_path / name / "step_1"))
-        metrics.append(read(tmp_path / name / "metrics.jsonl")[1])
-    assert (after[1] - after[0]).norm() < 1e-5 * after[0].norm()
-    assert metrics[0]["truncated_frac"] > 0 and metrics[0]["clip_region_frac"] > 0
-    for key in "loss", "clip_low_frac", "clip_high_frac", "clip_region_frac", "grad_norm", "entropy":
-        assert metrics[1][key] == pytest.approx(metrics[0][key], rel=1e-3), key
+    start = weights(f"{embedded}/model")
+    for name in UPDATES:
+        folders = {way: folder for this, way, folder, _ in runs if this == name}
+        after = {way: weights(folder / "step_1") for way, folder in folders.items()}
+        metrics = {way: read(folder / "metrics.jsonl")[1] for way, folder in folders.items()}
+        one, expected = after["1"], metrics["1"]
+        for way, other in after.items():
+            assert (other - one).norm() < 1e-5 * one.norm(), (name, way)
+            assert (other - one).norm() < 1e-3 * (one - start).norm(), (name, way)  # signs of tiny gradients included
+            for key in "reward completion_tokens_total loss entropy advantage_zero_groups clip_region_frac".split():
+                assert metrics[way][key] == pytest.approx(expected[key], rel=1e-5, abs=1e-7), (name, way, key)
+            if metrics[way]["grad_norm"]:  # DeepSpeed tells none with ZeRO 0
+                assert metrics[way]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5), (name, way)
+        assert (name == "dapo") == (expected["truncated_frac"] > 0) == (expected["clip_region_frac"] > 0)
 
 
 @pytest.mark.parametrize(

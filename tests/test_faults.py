@@ -28,11 +28,6 @@ def steps_done(folder):
     return path.read_text().count("\n") - 1 if path.exists() else -1
 
 
-@pytest.fixture(autouse=True)
-def one_thread_each(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several processes share two cores
-
-
 @pytest.fixture
 def serve(launch, tiny_folder):
     """serve() -> a reference server and its port; serve(port) -> another one there."""

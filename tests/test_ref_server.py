@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
@@ -17,7 +18,7 @@ import transformers
 from safetensors.torch import load, save
 
 import ref_server
-from ref_client import check_server, request_logps
+from ref_client import Reference, check_server, check_servers, request_logps, send, write_reference
 from ref_server import batched_logps, token_logps
 
 SHAPE = dict(
@@ -269,3 +270,83 @@ def test_an_absent_server_is_named_within_30_seconds():
     with pytest.raises(SystemExit, match=r"http://127.0.0.1:9/health.*python ref_server.py MODEL="):
         check_server("http://127.0.0.1:9", None, "tiny", [1, 2])
     assert time.monotonic() - start < 30
+
+
+@pytest.fixture
+def other(tiny):
+    """The tiny model with other weights."""
+    model = copy.deepcopy(tiny[0])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    return model
+
+
+def test_a_new_reference_is_taken_over_whole_or_not_at_all(launch, tiny, tiny_folder, other, tmp_path, monkeypatch):
+    monkeypatch.setenv("REF_TOKEN", "secret")
+    url = launch("ref_server.py", f"MODEL={tiny_folder}", "PORT=0").wait_for(r"http://127.0.0.1:\d+")[0]
+    file, rows = tmp_path / "reference.safetensors", make_rows()
+    write_reference(file, other, alpha=1)
+    content = file.read_bytes()
+    one_less = save({name: tensor for name, tensor in load(content).items() if "norm" not in name})
+
+    def put(body, start=0, size=len(content), name="new", token="secret"):
+        query, headers = {"start": start, "size": size}, {"Authorization": f"Bearer {token}"}
+        return requests.put(f"{url}/weights/{name}", data=body, params=query, headers=headers, timeout=20)
+
+    half = len(content) // 2
+    for answer, status, sentence in [
+        (put(content, token="wrong"), 401, "bearer token"),
+        (put(content, size=2**40), 400, "size="),
+        (put(content, size="x"), 400, "size=-1"),
+        (put(b""), 400, "start=0"),
+        (put(content, start=1), 400, "start=1"),
+        (put(content[half:], start=half), 409, "only 0 bytes"),
+        (put(b"x" * half, size=half), 400, "not safetensors"),
+        (put(one_less, size=len(one_less)), 400, "another model"),
+        (put(content[:half]), 200, ""),
+        (put(content[half + 1 :], start=half + 1), 409, f"only {half} bytes"),
+        (put(content[:half], name="newer"), 200, ""),
+        (put(content[half:], start=half), 409, "only 0 bytes of new"),
+    ]:
+        assert answer.status_code == status and sentence in answer.text and answer.text.count("\n") == (status != 200)
+        assert torch.equal(torch.cat(request_logps(url, *rows, 1.0)), batched_logps(tiny[0], *rows, 1.0, 16384))
+
+    send(url, Reference("new", file), bytes_at_once=1000_000)
+    with pytest.raises(SystemExit, match="409: the reference here is new"):
+        request_logps(url, *rows, 1.0)
+    answer = torch.cat(request_logps(url, *rows, 1.0, Reference("new", file)))
+    assert torch.equal(answer, batched_logps(other, *rows, 1.0, 16384))
+    # it is asked for one that it does not have, and is sent it
+    write_reference(file, tiny[0], alpha=1)
+    answer = torch.cat(request_logps(url, *rows, 1.0, Reference("old", file)))
+    assert torch.equal(answer, batched_logps(tiny[0], *rows, 1.0, 16384))
+
+
+def test_the_reference_mixes_with_the_policy(tiny, other, tmp_path):
+    file = tmp_path / "reference.safetensors"
+    write_reference(file, tiny[0], alpha=1)
+    for _ in range(2):
+        write_reference(file, other.bfloat16(), alpha=0.01)
+    mixed, first = load(file.read_bytes()), dict(tiny[0].named_parameters())
+    for name, parameter in other.named_parameters():
+        expected = 0.99**2 * first[name].double() + (1 - 0.99**2) * parameter.double()
+        assert mixed[name].dtype == torch.float32 and (mixed[name] - expected).abs().max() < 1e-6
+
+
+def test_more_requests_than_it_has_places_for_come_again(server):
+    lens = torch.tensor([[10, 500]] * 8)
+    rows = torch.randint(320, (int(lens.sum()),)), lens[:, 0], lens[:, 1]
+    data = save(dict(zip(("tokens", "prompt_lens", "completion_lens"), (tensor.int() for tensor in rows))))
+    with ThreadPoolExecutor(40) as clients:
+        patient = [clients.submit(request_logps, server, *rows, 1.0) for _ in range(10)]
+        answers = list(clients.map(lambda _: requests.post(f"{server}/logps", data=data, timeout=60), range(30)))
+        assert all(len(torch.cat(answer.result())) == 4000 for answer in patient)
+    assert {answer.status_code for answer in answers} == {200, 503}
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert all(int(answer.headers["Retry-After"]) > 0 and answer.text.count("\n") == 1 for answer in refused)
+
+
+def test_a_server_of_several_may_be_absent(server, tiny, capsys):
+    check_servers(f"http://127.0.0.1:9,{server}", tiny[0], "tiny", list(range(20)))
+    assert "no answer from a reference server at http://127.0.0.1:9 in 25 s" in capsys.readouterr().out
