@@ -27,7 +27,8 @@ def complete(folder: str) -> list[int]:
 def begin(folder: str, constants: dict, resume: bool) -> int:
     """Makes the folder ready for a new run, or for the rest of the one that it holds: the step after which it goes on.
 
-    SystemExit if it holds a run with other constants. What that run wrote after its last checkpoint is removed.
+    By one process, before the others `see` it. SystemExit if the folder holds a run with other constants. What that run
+    wrote after its last checkpoint is removed.
     """
     constants = {name: value for name, value in constants.items() if name.isupper() and name not in MAY_CHANGE}
     path, now = Path(folder), json.loads(json.dumps(constants, default=lambda function: function.__name__))
@@ -47,6 +48,12 @@ def begin(folder: str, constants: dict, resume: bool) -> int:
     for name in "metrics", "completions":
         cut(path / f"{name}.jsonl", last)
     return last
+
+
+def see(folder: str) -> None:
+    """SystemExit if this process, on another machine perhaps, does not see what the first one has begun."""
+    if not (Path(folder) / "run.json").exists():
+        raise SystemExit(f"OUTPUT_DIR={folder} is not the folder of the first process: the machines have to share it")
 
 
 def cut(path: Path, last: int) -> None:

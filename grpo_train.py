@@ -234,6 +234,7 @@ def main():
     check_constants(globals(), world)
     last = checkpoint.begin(OUTPUT_DIR, globals() | {"PROCESSES": world}, RESUME) if rank == 0 else 0
     last, run = map(int, reduce({"last": last, "run": secrets.randbits(48) if rank == 0 else 0}).values())
+    checkpoint.see(OUTPUT_DIR)
     model, tokenizer = load_model(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS)
     rewards, limits = load_rewards(REWARDS), {"max_tokens": MAX_COMPLETION_TOKENS, "stop": stop_ids(model, tokenizer)}
     train, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS) if name else []

@@ -38,10 +38,11 @@ def serve(launch, tiny_folder):
     return start
 
 
-def test_a_killed_server_that_comes_back_changes_nothing(launch, serve, few, tmp_path):
-    # twice: while it computes log-probs, and after it was sent a new reference, which it then does not have any more
+def test_a_server_and_a_trainer_that_are_killed_change_nothing(launch, serve, few, tmp_path):
+    # twice: while it computes log-probs, and after it was sent a new reference, which it then does not have any more;
+    # and the trainer once, after which the reference of its last checkpoint is older than what the server has
     server, port = serve()
-    few = [*few, f"REF_SERVER=http://127.0.0.1:{port}", "STEPS=8", "SAVE_EVERY=8", "REF_SYNC_EVERY=3",
+    few = [*few, f"REF_SERVER=http://127.0.0.1:{port}", "STEPS=8", "SAVE_EVERY=4", "REF_SYNC_EVERY=3",
            "REF_MIXUP_ALPHA=0.6", "EVAL_EVERY=0"]
     code, text = launch(TRAINER, *few, f"OUTPUT_DIR={tmp_path}/whole").wait()
     assert code == 0, text
@@ -52,7 +53,9 @@ def test_a_killed_server_that_comes_back_changes_nothing(launch, serve, few, tmp
         server.end()
         time.sleep(pause)
         server, _ = serve(port)
-    code, text = run.wait()
+    run.wait_until(lambda: steps_done(tmp_path / "broken") >= 7)
+    run.end()
+    code, text = launch(TRAINER, *few, f"OUTPUT_DIR={tmp_path}/broken").wait()
     assert code == 0, text
     same_run(tmp_path / "whole", tmp_path / "broken", 8)
     kl = [row["kl"] for row in rows(tmp_path / "whole/metrics.jsonl")[1:]]
