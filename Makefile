@@ -1,15 +1,23 @@
 # make demo: set up, build the embedded model, train it and show what it learned.   make test: set up and test.
+# make fuzz: 100,000 broken bodies for the reference server.   make load: eight rude clients for ten minutes.
 PYTHON ?= python3.11
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test
+.PHONY: demo test fuzz load
 demo: .venv/ready
 	python examples/arithmetic.py
 	examples/demo.sh $(DEMO)
 
 test: .venv/ready-for-tests
-	python -m pytest -q tests
+	python -m pytest -q tests/test_rewards.py
+	python -m pytest -q -n 2 --dist worksteal tests --ignore tests/test_rewards.py
+
+fuzz: .venv/ready-for-tests
+	python tests/fuzz_wire.py 100000
+
+load: .venv/ready-for-tests
+	python tests/load.py
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

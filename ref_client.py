@@ -77,7 +77,7 @@ def request_logps(servers: str, tokens, prompt_lens, completion_lens, temperatur
         if answer.status_code == 200:
             return load(answer.content)["logps"].split(completion_lens.tolist())
         send(answer.url.rsplit("/", 1)[0], reference)
-    raise SystemExit(f"{answer.text.strip()}, each time, instead of {reference.name}: does another run use the server?")
+    raise SystemExit(f"five times, instead of {reference.name}: {answer.text.strip()}")
 
 
 def check_servers(servers: str, model, name: str, ids: list[int]) -> None:

@@ -164,39 +164,43 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
         return save({"logps": answer})
 
     def answer_rows(rows, temperature, reference):
-        expect(reference in (None, served["reference"]), f"the reference here is {served['reference'] or MODEL}", 409)
+        here = served["reference"]
+        expect(reference in (None, here), f"the reference here is {here or name}: does another run use it?", 409)
         return batched_logps(model, *rows, temperature, BATCH_TOKENS)
 
-    @app.put("/weights/<name>")
-    def weights(name):
+    @app.put("/weights/<reference>")
+    def weights(reference):
         start, size = (bottle.request.query.get(key, -1, type=int) for key in ("start", "size"))
         body = bottle.request.body.read()
         expect(0 < size <= largest, f"size={size}: expected 1 to {largest} bytes of safetensors")
         expect(0 <= start < start + len(body) <= size, f"start={start}: not the place of {len(body)} in {size} bytes")
-        if start == 0 and name not in arriving:
-            arriving.clear()
-            arriving[name] = tempfile.NamedTemporaryFile()
-        file = arriving.get(name)
-        there = os.fstat(file.fileno()).st_size if file else 0
-        expect(start <= there, f"start={start}: only {there} bytes of {name} are here, start again", 409)
-        os.pwrite(file.fileno(), body, start)
+        try:
+            if start == 0 and reference not in arriving:
+                arriving.clear()
+                arriving[reference] = tempfile.NamedTemporaryFile()
+            file = arriving.get(reference)
+            there = os.fstat(file.fileno()).st_size if file else 0
+            expect(start <= there, f"start={start}: only {there} bytes of {reference} are here, start again", 409)
+            os.pwrite(file.fileno(), body, start)
+        except OSError as error:
+            expect(False, f"no room for {size} bytes of weights: {error}", 503)
         if start + len(body) == size:
             arriving.clear()
-            worker.submit(take_over, file.name, name).result()
+            worker.submit(take_over, file.name, reference).result()
         return served
 
-    def take_over(path, name):
+    def take_over(path, reference):
         try:
             new = load_file(path)
         except SafetensorError as error:
             expect(False, f"the weights are not safetensors: {error}")
         old = dict(model.named_parameters())
         same = old.keys() == new.keys() and all(old[key].shape == new[key].shape for key in old)
-        expect(same, f"{name} holds the weights of another model than {MODEL}")
+        expect(same, f"{reference} holds the weights of another model than {name}")
         with torch.no_grad():
             for key, parameter in old.items():
                 parameter.copy_(new[key])
-        served["reference"] = name
+        served["reference"] = reference
 
     return app
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -127,9 +128,11 @@ def server(tiny_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory) -> Path:
-    """The embedded task, built as `make demo` builds it."""
-    folder = tmp_path_factory.mktemp("embedded") / "arithmetic"
-    subprocess.run(
-        [sys.executable, "examples/arithmetic.py", f"OUTPUT_DIR={folder}"], cwd=ROOT, check=True, timeout=300
-    )
+    """The embedded task, built as `make demo` builds it; once, also when two workers share the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "embedded"
+    with FileLock(f"{folder}.lock", timeout=600):
+        if not folder.exists():
+            build = [sys.executable, "examples/arithmetic.py", f"OUTPUT_DIR={folder}"]
+            subprocess.run(build, cwd=ROOT, check=True, timeout=500)
     return folder

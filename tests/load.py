@@ -76,8 +76,9 @@ def safetensors(shape: list, offsets: list, names=("tokens",)) -> bytes:
 
 
 def make_head(body=b"", method="POST", path="/logps", length=None, token=TOKEN) -> bytes:
+    length = len(body) if length is None else length
     lines = f"{method} {path} HTTP/1.1", "Host: x", f"Authorization: Bearer {token}", f"Content-Length: {length}"
-    return "\r\n".join([*lines, "\r\n"]).replace("None", str(len(body))).encode("latin-1")
+    return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
 
 
 def cut(data: bytes, count: int) -> list[bytes]:
@@ -93,7 +94,7 @@ def chunked(head: bytes, body: bytes, size: int) -> list[bytes]:
 
 @torch.no_grad()
 def make_requests(folder: str) -> list[Request]:
-    # On the CPU in float32, as the server of this run: only then is 1e-4 a right bound between two ways of padding.
+    """Every kind of request, with what may answer it; the model is on the CPU in float32, as the server's here is."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     config, rng, requests = model.config.get_text_config(), random.Random(0), []
     longest = min(1000, config.max_position_embeddings)

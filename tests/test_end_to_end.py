@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo_train
@@ -129,6 +130,11 @@ def test_an_update_does_not_depend_on_how_it_is_split(launch, embedded, tmp_path
             if metrics[way]["grad_norm"]:  # DeepSpeed tells none with ZeRO 0
                 assert metrics[way]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5), (name, way)
         assert (name == "dapo") == (expected["truncated_frac"] > 0) == (expected["clip_region_frac"] > 0)
+
+    folder = tmp_path / "lora0/step_1"  # the merged model is the one that it started from, and the adapters
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(f"{embedded}/model"), folder / "adapter")
+    merged = torch.cat([p.detach().double().flatten() for p in adapted.merge_and_unload().parameters()])
+    assert (merged - weights(folder)).norm() < 1e-6 * (merged - start).norm()
 
 
 @pytest.mark.parametrize(
