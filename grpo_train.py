@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
-from pathlib import Path
 
 import deepspeed
 import torch
@@ -260,7 +259,7 @@ def main():
             metrics = {"step": 0} | (evaluate(sampled, tokenizer, rewards, heldout, **limits) if EVAL_EVERY else {})
         report.write(OUTPUT_DIR, "metrics", [metrics] if rank == 0 else [])
     if REF_SYNC_EVERY:
-        renew = partial(renew_reference, REF_SERVER, Path(OUTPUT_DIR), whole, gathered)
+        renew = partial(renew_reference, REF_SERVER, OUTPUT_DIR, whole, gathered)
         reference = renew(f"{run}-{last}", alpha=0 if last else 1)
 
     processes.stop_at_signals()

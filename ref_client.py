@@ -1,4 +1,4 @@
-"""The trainer's side of the reference model: its log-probs from `ref_server.py`, and its renewal.
+"""The trainer's side of the reference model: its log-probs from `ref_server.py`, and its renewal, on both sides.
 
 Every exchange has a limit in time, says what it waits for, and goes to another server of the list when one is silent.
 
@@ -8,6 +8,7 @@ reference that it is for; a server with another one, because it was killed and s
 """
 import itertools
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import NamedTuple
 import requests
 import torch
 import torch.distributed as dist
+from bottle import request
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from checkpoint import merged
 
@@ -61,7 +63,7 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, **opt
             pause = int(response.headers["Retry-After"])
         time.sleep(pause)
         now = time.monotonic()
-    raise NoAnswer(f"no answer from a reference server at {servers} in {patience:.0f} s (start it: "
+    raise NoAnswer(f"no answer from a reference server at {url}{path} in {patience:.0f} s (start it: "
                    f"python ref_server.py MODEL=...): {reason}")
 
 
@@ -109,13 +111,13 @@ def check_server(url: str, model, name: str, ids: list[int]) -> None:
 
 # ------------------------------------------------------------------------------------------------- another reference
 
-def renew_reference(servers: str, folder: Path, model, gathered, name: str, alpha: float) -> Reference:
+def renew_reference(servers: str, folder: str, model, gathered, name: str, alpha: float) -> Reference:
     """Brings the next reference, called `name`, to the servers when every process has the answers of the one before it.
 
     By all processes together. Within `gathered()` the parameters of `model` are whole. With an `alpha` of 0 it is what
     the folder holds. SystemExit if a server does not take it.
     """
-    reference = Reference(name, folder / "reference.safetensors")
+    reference = Reference(name, Path(folder) / "reference.safetensors")
     dist.barrier()
     with gathered():
         if dist.get_rank() == 0 and alpha:
@@ -158,3 +160,45 @@ def send(servers: str, reference: Reference, bytes_at_once: int = 2**20) -> None
                     start, restarts = 0, restarts + 1
                 if restarts > 10:
                     raise SystemExit(f"{url} does not take the reference {reference.name}: {answer.text.strip()}")
+
+
+def accept_weights(app, model, name: str, worker, served: dict, expect) -> None:
+    """The server's half of `send`: a route of `app`, of the server that holds `model`, called `name`.
+
+    `worker` computes the answers, one after the other; `served["reference"]` says whose they are; `expect` refuses.
+    """
+    largest, arriving = 4 * model.num_parameters() + 2**20, {}
+
+    @app.put("/weights/<reference>")
+    def weights(reference):
+        start, size = (request.query.get(key, -1, type=int) for key in ("start", "size"))
+        body = request.environ["wsgi.input"].read()
+        expect(0 < size <= largest, f"size={size}: expected 1 to {largest} bytes of safetensors")
+        expect(0 <= start < start + len(body) <= size, f"start={start}: not the place of {len(body)} in {size} bytes")
+        try:
+            if start == 0 and reference not in arriving:
+                arriving.clear()
+                arriving[reference] = tempfile.NamedTemporaryFile()
+            file = arriving.get(reference)
+            there = os.fstat(file.fileno()).st_size if file else 0
+            expect(start <= there, f"start={start}: only {there} bytes of {reference} are here, start again", 409)
+            os.pwrite(file.fileno(), body, start)
+        except OSError as error:
+            expect(False, f"no room for {size} bytes of weights: {error}", 503)
+        if start + len(body) == size:
+            arriving.clear()
+            worker.submit(take_over, file.name, reference).result()
+        return served
+
+    def take_over(path, reference):
+        try:
+            new = load_file(path)
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            expect(False, f"the weights are not safetensors: {error}")
+        old = dict(model.named_parameters())
+        same = old.keys() == new.keys() and all(old[key].shape == new[key].shape for key in old)
+        expect(same, f"{reference} holds the weights of another model than {name}")
+        with torch.no_grad():
+            for key, parameter in old.items():
+                parameter.copy_(new[key])
+        served["reference"] = reference

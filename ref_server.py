@@ -21,7 +21,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,10 +29,11 @@ import bottle
 import torch
 import waitress
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ref_client import accept_weights
 from sampler import load_model, micro_batches, override_constants
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name: the model that the policy starts from
@@ -103,6 +103,7 @@ def batched_logps(model, tokens, prompt_lens, completion_lens, temperature, budg
 
 def expect(condition, sentence: str, status=400) -> None:
     if not condition:
+        sentence = " ".join(sentence.split())[:400]  # it may repeat what the client sent
         headers = {"Retry-After": "1"} if status == 503 else {}
         raise bottle.HTTPResponse(sentence + "\n", status, headers, content_type="text/plain; charset=utf-8")
 
@@ -110,9 +111,11 @@ def expect(condition, sentence: str, status=400) -> None:
 def read_rows(body: bytes, vocab_size: int, max_length: int) -> list[torch.Tensor]:
     """The checked tensors of a request's body: tokens, prompt_lens, completion_lens (int64, CPU)."""
     names = ["tokens", "prompt_lens", "completion_lens"]
+    header = int.from_bytes(body[:8], "little")  # one of a million tensors takes seconds and a gigabyte to read
+    expect(header <= 4096, f"the body is not safetensors with {names}: {header} bytes of header, expected some 250")
     try:
         tensors = load(body)
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         expect(False, f"the body is not safetensors with {names}: {error}")
     expect(tensors.keys() == set(names), f"the body holds {sorted(tensors)}, expected {names}")
     for name, tensor in tensors.items():
@@ -134,14 +137,19 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
     app, worker, config = bottle.Bottle(), ThreadPoolExecutor(1), model.config.get_text_config()
     sizes = {"vocab_size": config.vocab_size, "max_length": getattr(config, "max_position_embeddings", sys.maxsize)}
     places, served = threading.BoundedSemaphore(PLACES), {"reference": ""}
-    largest, arriving = 4 * model.num_parameters() + 2**20, {}
     app.default_error_handler = lambda error: error.body
 
-    @app.hook("before_request")
-    def authenticate():
-        given = bottle.request.get_header("Authorization", "")
-        right = not token or hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
-        expect(right, "wrong or missing bearer token: set REF_TOKEN to the server's", 401)
+    @app.install
+    def guarded(route):
+        def answer(**arguments):
+            try:
+                given = bottle.request.environ.get("HTTP_AUTHORIZATION", "").encode("latin-1")
+                right = not token or hmac.compare_digest(given, f"Bearer {token}".encode())
+                expect(right, "wrong or missing bearer token: set REF_TOKEN to the server's", 401)
+                return route(**arguments)
+            except bottle.HTTPResponse as refusal:
+                return refusal.with_traceback(None)  # with it the body would stay in memory for long
+        return answer
 
     @app.get("/health")
     def health():
@@ -154,7 +162,7 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
         expect(0 < temperature < float("inf"), "temperature must be a positive number")
         expect(places.acquire(blocking=False), f"{PLACES} requests are waiting already", 503)
         try:
-            rows = read_rows(bottle.request.body.read(), **sizes)
+            rows = read_rows(bottle.request.environ["wsgi.input"].read(), **sizes)
             answer = worker.submit(answer_rows, rows, temperature, given.get("reference")).result()
         except torch.OutOfMemoryError:
             expect(False, f"a row of {max(rows[1] + rows[2])} tokens does not fit in the server's memory", 413)
@@ -168,40 +176,7 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
         expect(reference in (None, here), f"the reference here is {here or name}: does another run use it?", 409)
         return batched_logps(model, *rows, temperature, BATCH_TOKENS)
 
-    @app.put("/weights/<reference>")
-    def weights(reference):
-        start, size = (bottle.request.query.get(key, -1, type=int) for key in ("start", "size"))
-        body = bottle.request.body.read()
-        expect(0 < size <= largest, f"size={size}: expected 1 to {largest} bytes of safetensors")
-        expect(0 <= start < start + len(body) <= size, f"start={start}: not the place of {len(body)} in {size} bytes")
-        try:
-            if start == 0 and reference not in arriving:
-                arriving.clear()
-                arriving[reference] = tempfile.NamedTemporaryFile()
-            file = arriving.get(reference)
-            there = os.fstat(file.fileno()).st_size if file else 0
-            expect(start <= there, f"start={start}: only {there} bytes of {reference} are here, start again", 409)
-            os.pwrite(file.fileno(), body, start)
-        except OSError as error:
-            expect(False, f"no room for {size} bytes of weights: {error}", 503)
-        if start + len(body) == size:
-            arriving.clear()
-            worker.submit(take_over, file.name, reference).result()
-        return served
-
-    def take_over(path, reference):
-        try:
-            new = load_file(path)
-        except SafetensorError as error:
-            expect(False, f"the weights are not safetensors: {error}")
-        old = dict(model.named_parameters())
-        same = old.keys() == new.keys() and all(old[key].shape == new[key].shape for key in old)
-        expect(same, f"{reference} holds the weights of another model than {name}")
-        with torch.no_grad():
-            for key, parameter in old.items():
-                parameter.copy_(new[key])
-        served["reference"] = reference
-
+    accept_weights(app, model, name, worker, served, expect)
     return app
 
 

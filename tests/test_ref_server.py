@@ -17,6 +17,8 @@ import torch
 import transformers
 from safetensors.torch import load, save
 
+import fuzz_wire
+import load as load_test
 import ref_server
 from ref_client import Reference, check_server, check_servers, request_logps, send, write_reference
 from ref_server import batched_logps, token_logps
@@ -349,4 +351,12 @@ def test_more_requests_than_it_has_places_for_come_again(server):
 
 def test_a_server_of_several_may_be_absent(server, tiny, capsys):
     check_servers(f"http://127.0.0.1:9,{server}", tiny[0], "tiny", list(range(20)))
-    assert "no answer from a reference server at http://127.0.0.1:9 in 25 s" in capsys.readouterr().out
+    assert "no answer from a reference server at http://127.0.0.1:9/health in 25 s" in capsys.readouterr().out
+
+
+def test_a_few_thousand_broken_bodies():
+    fuzz_wire.fuzz(3000)  # `make fuzz` tries 100,000
+
+
+def test_rude_clients_for_a_quarter_of_a_minute(tiny_folder):
+    assert load_test.load(tiny_folder, 15, growth=50) == []  # `make load` for ten minutes, where memory settles
