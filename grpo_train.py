@@ -260,7 +260,7 @@ def main():
         report.write(OUTPUT_DIR, "metrics", [metrics] if rank == 0 else [])
     if REF_SYNC_EVERY:
         renew = partial(renew_reference, REF_SERVER, OUTPUT_DIR, whole, gathered)
-        reference = renew(f"{run}-{last}", alpha=0 if last else 1)
+        reference = renew(f"{run}-{last}", alpha=0 if last else 1, patience=25)
 
     processes.stop_at_signals()
     progress = tqdm(desc="GRPO", initial=last, total=STEPS, disable=rank > 0)

@@ -111,7 +111,7 @@ def check_server(url: str, model, name: str, ids: list[int]) -> None:
 
 # ------------------------------------------------------------------------------------------------- another reference
 
-def renew_reference(servers: str, folder: str, model, gathered, name: str, alpha: float) -> Reference:
+def renew_reference(servers: str, folder: str, model, gathered, name: str, alpha: float, patience=300.0) -> Reference:
     """Brings the next reference, called `name`, to the servers when every process has the answers of the one before it.
 
     By all processes together. Within `gathered()` the parameters of `model` are whole. With an `alpha` of 0 it is what
@@ -123,7 +123,7 @@ def renew_reference(servers: str, folder: str, model, gathered, name: str, alpha
         if dist.get_rank() == 0 and alpha:
             write_reference(reference.file, merged(model), alpha)
     if dist.get_rank() == 0:
-        send(servers, reference)
+        send(servers, reference, patience)
     dist.barrier()
     return reference
 
@@ -145,16 +145,17 @@ def write_reference(file: Path, model, alpha: float) -> None:
         raise SystemExit(f"cannot write {file}: {error}") from error
 
 
-def send(servers: str, reference: Reference, bytes_at_once: int = 2**20) -> None:
-    """Brings the weights to every one of the servers. SystemExit if one does not take them."""
+def send(servers: str, reference: Reference, patience=300.0, bytes_at_once: int = 2**20) -> None:
+    """Brings the weights to every one of the servers. SystemExit if one does not take them, or does not answer for
+    `patience` seconds."""
     for url in servers.split(","):
         with sending, open(reference.file, "rb") as file:
             size, start, restarts = os.fstat(file.fileno()).st_size, 0, 0
-            there = ask("GET", url, "/health", patience=300).json()["reference"]
+            there = ask("GET", url, "/health", patience).json()["reference"]
             while there != reference.name and start < size:
                 file.seek(start)
                 piece, query = file.read(bytes_at_once), {"start": start, "size": size}
-                answer = ask("PUT", url, f"/weights/{reference.name}", 300, 409, params=query, data=piece)
+                answer = ask("PUT", url, f"/weights/{reference.name}", patience, 409, params=query, data=piece)
                 start += len(piece)
                 if answer.status_code == 409:  # the server was killed meanwhile and does not have the beginning
                     start, restarts = 0, restarts + 1

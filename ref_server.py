@@ -162,19 +162,20 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
         expect(0 < temperature < float("inf"), "temperature must be a positive number")
         expect(places.acquire(blocking=False), f"{PLACES} requests are waiting already", 503)
         try:
-            rows = read_rows(bottle.request.environ["wsgi.input"].read(), **sizes)
-            answer = worker.submit(answer_rows, rows, temperature, given.get("reference")).result()
-        except torch.OutOfMemoryError:
-            expect(False, f"a row of {max(rows[1] + rows[2])} tokens does not fit in the server's memory", 413)
+            body = bottle.request.environ["wsgi.input"]
+            answer = worker.submit(answer_rows, body, temperature, given.get("reference")).result()
         finally:
             places.release()
         bottle.response.content_type = "application/octet-stream"
         return save({"logps": answer})
 
-    def answer_rows(rows, temperature, reference):
-        here = served["reference"]
+    def answer_rows(body, temperature, reference):  # in one thread: a body is in memory when its turn has come
+        here, rows = served["reference"], read_rows(body.read(), **sizes)
         expect(reference in (None, here), f"the reference here is {here or name}: does another run use it?", 409)
-        return batched_logps(model, *rows, temperature, BATCH_TOKENS)
+        try:
+            return batched_logps(model, *rows, temperature, BATCH_TOKENS)
+        except torch.OutOfMemoryError:
+            expect(False, f"a row of {max(rows[1] + rows[2])} tokens does not fit in the server's memory", 413)
 
     accept_weights(app, model, name, worker, served, expect)
     return app

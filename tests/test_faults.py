@@ -65,13 +65,15 @@ def test_a_server_and_a_trainer_that_are_killed_change_nothing(launch, serve, fe
 def test_the_work_goes_to_the_servers_that_answer(launch, serve, few, tmp_path):
     (first, port), (_, other) = serve(), serve()
     servers = f"REF_SERVER=http://127.0.0.1:{port},http://127.0.0.1:{other}"
-    run = launch(TRAINER, *few, servers, "EVAL_EVERY=0", "STEPS=20", "SAVE_EVERY=0", f"OUTPUT_DIR={tmp_path}/run")
+    few = [*few, servers, "EVAL_EVERY=0", "STEPS=20", "SAVE_EVERY=0", "LORA_RANK=4", "LR=1e-3"]
+    run = launch(TRAINER, *few, f"OUTPUT_DIR={tmp_path}/run")
     run.wait_until(lambda: steps_done(tmp_path / "run") >= 3)
     first.end()
     code, text = run.wait()
     assert code == 0 and steps_done(tmp_path / "run") == 20, text
     history = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert max(row["seconds_ref_wait"] for row in history[1:]) < 5
+    assert 0 <= history[1]["kl"] < 1e-6 < history[20]["kl"]  # with adapters too
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -314,6 +314,10 @@ def test_a_new_reference_is_taken_over_whole_or_not_at_all(launch, tiny, tiny_fo
         assert answer.status_code == status and sentence in answer.text and answer.text.count("\n") == (status != 200)
         assert torch.equal(torch.cat(request_logps(url, *rows, 1.0)), batched_logps(tiny[0], *rows, 1.0, 16384))
 
+    start = time.monotonic()
+    with pytest.raises(SystemExit, match="no answer from a reference server at http://127.0.0.1:9/health in 1 s"):
+        send(f"http://127.0.0.1:9,{url}", Reference("new", file), patience=1)
+    assert time.monotonic() - start < 5
     send(url, Reference("new", file), bytes_at_once=1000_000)
     with pytest.raises(SystemExit, match="409: the reference here is new"):
         request_logps(url, *rows, 1.0)
