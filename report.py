@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from math import inf, nan
 
 import torch
-from matplotlib.figure import Figure
 
 OF_TOKENS = ("kl", "entropy", "clip_low_frac", "clip_high_frac", "clip_region_frac")
 SUMS = ("loss", "completion_tokens_total", "advantage_zero_groups", "skipped_updates", "stop")
@@ -92,6 +91,8 @@ def show(folder: str, *others: str) -> None:
             print(f"{title:28}{points[0][1]:10.3f}{points[-1][1]:10.3f}")
     seconds = sum(second for _, second in series(history, "seconds"))
     print(f"\n{history[-1]['step']} steps in {seconds:.0f} s; the curves are in {folder}/reward.png")
+
+    from matplotlib.figure import Figure  # here, because it takes half a second of every process's start
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items()):

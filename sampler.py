@@ -12,7 +12,6 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
-from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -140,6 +139,8 @@ def read_jsonl(path: str) -> list[dict]:
 
 
 def read_hub(path: str, config: str = "", split: str = "") -> list[dict]:
+    from datasets import load_dataset  # here, because it takes half a second, and local files need none of it
+
     return load_dataset(path, config or None, split=split or "train").to_list()
 
 
