@@ -2,16 +2,19 @@
 # make fuzz: 100,000 broken bodies for the reference server.   make load: eight rude clients for ten minutes.
 PYTHON ?= python3.11
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+EMBEDDED := examples/arithmetic/model/config.json
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test fuzz load
-demo: .venv/ready
-	python examples/arithmetic.py
+demo: $(EMBEDDED)
 	examples/demo.sh $(DEMO)
 
-test: .venv/ready-for-tests
+test: .venv/ready-for-tests $(EMBEDDED)
 	python -m pytest -q tests/test_rewards.py
 	python -m pytest -q -n 2 --dist worksteal tests --ignore tests/test_rewards.py
+
+$(EMBEDDED): examples/arithmetic.py | .venv/ready
+	python examples/arithmetic.py
 
 fuzz: .venv/ready-for-tests
 	python tests/fuzz_wire.py 100000
