@@ -38,8 +38,11 @@ def begin(folder: str, constants: dict, resume: bool) -> int:
         if changed or not resume:
             hint = "; ".join(changed[:3]) or "RESUME=True continues it"
             raise SystemExit(f"OUTPUT_DIR={folder} holds another run: choose another ({hint})")
-    path.mkdir(parents=True, exist_ok=True)
-    replace(path / "run.json", json.dumps(now, indent=1))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        replace(path / "run.json", json.dumps(now, indent=1))
+    except OSError as error:
+        raise SystemExit(f"OUTPUT_DIR={folder} cannot be written: {error}") from error
     for leftover in path.glob("step_*.unfinished"):
         shutil.rmtree(leftover)
     last = max([0, *complete(folder)])

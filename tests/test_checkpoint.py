@@ -76,6 +76,14 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     assert checkpoint.begin(tmp_path, {"LR": 1.0, "STEPS": 9, "REWARDS": [rows]}, True) == 7
 
 
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="OUTPUT_DIR=.*file/run cannot be written: .*Not a directory"):
+        checkpoint.begin(f"{tmp_path}/file/run", {"LR": 1.0}, True)
+    with pytest.raises(SystemExit, match="is not the folder of the first process"):
+        checkpoint.see(f"{tmp_path}/elsewhere")
+
+
 def test_the_readme_says_what_may_change():
     text = (ROOT / "README.md").read_text()
     assert all(f"`{name}`" in text for name in checkpoint.MAY_CHANGE if name != "DS_CONFIG")
