@@ -243,7 +243,7 @@ def main():
     if BETA and rank == 0 and not REF_SYNC_EVERY:
         check_servers(REF_SERVER, model, MODEL, train[0]["ids"])
     whole = add_adapters(model, LORA_RANK, SEED) if LORA_RANK else model
-    # For sampling and saving: the same parameters in modules without DeepSpeed's hooks. With these, and with ZeRO 3, the
+    # For sampling and saving: the same parameters in modules without DeepSpeed's hooks. With hooks, and ZeRO 3, all
     # processes would have to make as many forward passes, but the longest completion is not everywhere the same.
     whole = copy.deepcopy(whole, {id(parameter): parameter for parameter in model.parameters()})
     sampled = whole.get_base_model() if LORA_RANK else whole
