@@ -23,10 +23,10 @@ from safetensors.torch import load, load_file, save, save_file
 
 from checkpoint import merged
 
-
 turn = itertools.count(int(os.environ.get("RANK", 0)))  # whose turn it is among the servers
 silent_until = {}  # those that did not answer are left alone for a while
 sending = threading.Lock()
+unreadable = (SafetensorError, KeyError, ValueError, TypeError, RuntimeError)  # what loading broken safetensors raises
 
 
 class NoAnswer(SystemExit):
@@ -194,7 +194,7 @@ def accept_weights(app, model, name: str, worker, served: dict, expect) -> None:
     def take_over(path, reference):
         try:
             new = load_file(path)
-        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except unreadable as error:
             expect(False, f"the weights are not safetensors: {error}")
         old = dict(model.named_parameters())
         same = old.keys() == new.keys() and all(old[key].shape == new[key].shape for key in old)

@@ -28,12 +28,11 @@ from concurrent.futures import ThreadPoolExecutor
 import bottle
 import torch
 import waitress
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ref_client import accept_weights
+from ref_client import accept_weights, unreadable
 from sampler import load_model, micro_batches, override_constants
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name: the model that the policy starts from
@@ -115,7 +114,7 @@ def read_rows(body: bytes, vocab_size: int, max_length: int) -> list[torch.Tenso
     expect(header <= 4096, f"the body is not safetensors with {names}: {header} bytes of header, expected some 250")
     try:
         tensors = load(body)
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except unreadable as error:
         expect(False, f"the body is not safetensors with {names}: {error}")
     expect(tensors.keys() == set(names), f"the body holds {sorted(tensors)}, expected {names}")
     for name, tensor in tensors.items():

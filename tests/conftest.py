@@ -95,8 +95,7 @@ def few(tiny_folder, tmp_path_factory) -> list[str]:
     return [f"MODEL={tiny_folder}", f"DATASET={path}", f"EVAL_DATASET={path}", "MAX_COMPLETION_TOKENS=16", reward]
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> str:
+def make_tiny(folder: str) -> None:
     """An untrained model of the embedded task's shape, with its tokenizer."""
     torch.manual_seed(0)
     tokenizer = arithmetic.make_tokenizer(arithmetic.make_problems(200, random.Random(0)))
@@ -104,9 +103,14 @@ def tiny_folder(tmp_path_factory) -> str:
     with torch.no_grad():
         for matrix in (p for p in model.parameters() if p.dim() > 1):
             matrix.normal_(0, 0.1)  # an untrained model is almost uniform; this one has opinions
-    folder = str(tmp_path_factory.mktemp("tiny"))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    make_tiny(folder)
     return folder
 
 

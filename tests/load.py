@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from conftest import Process
+from conftest import Process, make_tiny
 from safetensors.torch import load as read_safetensors
 from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
-import arithmetic
 from ref_server import token_logps
 
 LIMIT = 2**20  # MAX_BODY_MB=1
@@ -51,18 +50,6 @@ class Request(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------- what is sent
-
-
-def make_model(folder: str) -> None:
-    """As tests/conftest.py makes it: untrained, with opinions."""
-    torch.manual_seed(0)
-    tokenizer = arithmetic.make_tokenizer(arithmetic.make_problems(200, random.Random(0)))
-    model = arithmetic.make_model(tokenizer)
-    with torch.no_grad():
-        for matrix in (p for p in model.parameters() if p.dim() > 1):
-            matrix.normal_(0, 0.1)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def pack(tokens, prompt_lens, completion_lens) -> bytes:
@@ -305,7 +292,7 @@ def load(folder="", seconds=600.0, clients=8, growth=5.0) -> list[str]:
     """The defects that so many clients find in so many seconds, when memory may grow by so many percent."""
     with tempfile.TemporaryDirectory() as temporary:
         if not folder:
-            make_model(folder := f"{temporary}/model")
+            make_tiny(folder := f"{temporary}/model")
         requests = make_requests(folder)
         program = [sys.executable, "ref_server.py", f"MODEL={Path(folder).resolve()}", "PORT=0", "MAX_BODY_MB=1"]
         environment = {"REF_TOKEN": TOKEN, "CUDA_VISIBLE_DEVICES": ""}
