@@ -29,9 +29,8 @@ import bottle
 import torch
 import waitress
 from safetensors.torch import load, save
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
+from layers import HeadLogps, layout
 from ref_client import accept_weights, unreadable
 from sampler import load_model, micro_batches, override_constants
 
@@ -41,7 +40,7 @@ PORT = 59875
 BATCH_TOKENS = 16384  # tokens of one forward pass, padding counted; halved by itself when the GPU is too small
 MAX_BODY_MB = 64  # largest request; a larger one is refused before it is read
 PLACES = 24  # requests in work or waiting, of the server's 32 threads; one more is told to come again
-LOGITS_PER_TILE = 2**24  # logits that are alive at a time while log-probs are made: 64 MB in float32
+LOGITS_PER_TILE = 2**26 if torch.accelerator.is_available() else 2**22  # alive at a time; 16 MB fit a CPU's cache
 
 
 # ------------------------------------------------------------------------------------------------- the model
@@ -58,25 +57,21 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     is_token = position < lens[:, None]  # (B, L)
     is_completion = is_token & (position >= prompt_lens[:, None])
     rows = torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_token, tokens.long())
-    hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state  # (B, L, H)
-    hidden = hidden[:, :-1][is_completion[:, 1:]]  # (C, H): position t predicts token t + 1
-    targets = rows[is_completion]  # (C,)
+    where = layout(rows, prompt_lens, lens)
+    if model.config._attn_implementation == "packed":
+        mask = tokens.new_empty(1, 1, 0, 0)  # for transformers not to make one of N x N
+        hidden = model.base_model(
+            input_ids=rows[where.computed][None], position_ids=position.expand_as(rows)[where.computed][None],
+            attention_mask=mask, layout=where, use_cache=False).last_hidden_state[0]  # (N, H)
+    else:
+        hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state[where.computed]
+    hidden = hidden[where.number[:, :-1][is_completion[:, 1:]]]  # (C, H): position t predicts token t + 1
 
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    weight, bias = head.weight, getattr(head, "bias", None)  # asked for once, as with ZeRO 3 the processes gather them
     scale = getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1) / temperature  # Cohere, Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-
-    def tile_logps(hidden, targets):
-        logits = functional.linear(hidden, weight, bias).float()  # (tile, V)
-        logits = scale * (cap * torch.tanh(logits / cap) if cap else logits)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-
-    size = max(1, LOGITS_PER_TILE // config.vocab_size)
-    # In the backward pass a tile's logits are made again, so that no two tiles' logits are ever alive together.
-    recompute = torch.is_grad_enabled() and len(targets) > size
-    return torch.cat([checkpoint(tile_logps, *tile, use_reentrant=False) if recompute else tile_logps(*tile)
-                      for tile in zip(hidden.split(size), targets.split(size))])
+    weight, bias = head.weight, getattr(head, "bias", None)
+    return HeadLogps.apply(hidden, weight, bias, rows[is_completion], scale, cap, LOGITS_PER_TILE)
 
 
 @torch.no_grad()

@@ -13,7 +13,11 @@ from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from layers import pack_attention
 
 MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the other
 
@@ -66,6 +70,7 @@ def load_model(path: str, tokens: int = 0):
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        pack_attention(model)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -172,6 +177,25 @@ def sample(model, prompts: list[list[int]], group_size: int, *, max_tokens: int,
     return completions
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values (B, heads, T, D) with room for more tokens: another token does not copy all of them."""
+    tokens, block = 0, 64
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def update(self, keys, values, *_, **__):
+        start, self.tokens = self.tokens, self.tokens + keys.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        if (missing := self.tokens - self.keys.shape[2]) > 0:
+            self.keys, self.values = (functional.pad(tensor, (0, 0, 0, missing + self.block))
+                                      for tensor in (self.keys, self.values))
+        self.keys[:, :, start : self.tokens], self.values[:, :, start : self.tokens] = keys, values
+        return self.keys[:, :, : self.tokens], self.values[:, :, : self.tokens]
+
+
 def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms) -> list[Completion]:
     """`sample` for prompts that fit together; uniforms (B, max_tokens) in [0, 1), B = prompts x group_size."""
     device, longest, count = model.device, max(map(len, prompts)), len(prompts) * group_size
@@ -179,6 +203,7 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + max_tokens) for p in prompts], device=device)
     position = mask.cumsum(1).sub(1).clamp(min=0)
     cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     logits = model(input_ids=ids, attention_mask=mask[:, :longest], position_ids=position[:, :longest],
                    past_key_values=cache, logits_to_keep=1).logits[:, -1]
     cache.batch_repeat_interleave(group_size)

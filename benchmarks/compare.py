@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,9 +74,10 @@ def shares(step_seconds: list[float], phases: Counter) -> dict:
 
 # ------------------------------------------------------------------------------------------------- the programs
 
-def ours(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> dict:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with tempfile.TemporaryDirectory() as output, open(f"{output}/server.txt", "w+") as said:
+@contextmanager
+def reference_server(folder: Path, environment: dict):
+    """Its process and address, while the block runs."""
+    with tempfile.NamedTemporaryFile() as said:
         server = subprocess.Popen([sys.executable, "ref_server.py", f"MODEL={folder}", "PORT=0"], cwd=ROOT,
                                   env=environment, stdout=said, stderr=subprocess.STDOUT)
         try:
@@ -83,23 +85,29 @@ def ours(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> di
             while not (url := re.search(r"http://[\d.:]+", Path(said.name).read_text())):
                 assert time.monotonic() < deadline and server.poll() is None, Path(said.name).read_text()
                 time.sleep(0.1)
-            constants = dict(
-                MODEL=folder, DATASET=f"{folder}/data.jsonl", REF_SERVER=url[0], OUTPUT_DIR=f"{output}/run",
-                STEPS=steps, PROMPTS_PER_STEP=PROMPTS, GROUP_SIZE=GROUP, MAX_COMPLETION_TOKENS=tokens, BETA=BETA, LR=LR,
-                MIN_COMPLETION_TOKENS=tokens if exact else 0, REWARDS="reward_len", EVAL_EVERY=0, SAVE_EVERY=0,
-                WARMUP_STEPS=0, MICRO_BATCH_TOKENS=8192)
-            program = [sys.executable, "grpo_train.py", *(f"{name}={value}" for name, value in constants.items())]
-            subprocess.run(program, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=3000)
-            rows = [json.loads(line) for line in open(f"{output}/run/metrics.jsonl")][1:]
-            phases = Counter({"sample": sum(row["seconds_sample"] for row in rows[1:]),
-                              "reference": sum(row["seconds_ref_wait"] for row in rows[1:]),
-                              "reward": sum(row["seconds_reward"] for row in rows[1:])})
-            return shares([row["seconds"] for row in rows], phases) | {
-                "trainer_mb": rows[-1]["peak_memory_mb"], "server_mb": peak_mb(server.pid),
-                "tokens": statistics.mean(row["completion_tokens_total"] for row in rows[1:])}
+            yield server, url[0]
         finally:
             server.kill()
             server.wait()
+
+
+def ours(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> dict:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryDirectory() as output, reference_server(folder, environment) as (server, url):
+        constants = dict(
+            MODEL=folder, DATASET=f"{folder}/data.jsonl", REF_SERVER=url, OUTPUT_DIR=f"{output}/run",
+            STEPS=steps, PROMPTS_PER_STEP=PROMPTS, GROUP_SIZE=GROUP, MAX_COMPLETION_TOKENS=tokens, BETA=BETA, LR=LR,
+            MIN_COMPLETION_TOKENS=tokens if exact else 0, REWARDS="reward_len", EVAL_EVERY=0, SAVE_EVERY=0,
+            WARMUP_STEPS=0, MICRO_BATCH_TOKENS=8192)
+        program = [sys.executable, "grpo_train.py", *(f"{name}={value}" for name, value in constants.items())]
+        subprocess.run(program, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=3000)
+        rows = [json.loads(line) for line in open(f"{output}/run/metrics.jsonl")][1:]
+        phases = Counter({"sample": sum(row["seconds_sample"] for row in rows[1:]),
+                          "reference": sum(row["seconds_ref_wait"] for row in rows[1:]),
+                          "reward": sum(row["seconds_reward"] for row in rows[1:])})
+        return shares([row["seconds"] for row in rows], phases) | {
+            "trainer_mb": rows[-1]["peak_memory_mb"], "server_mb": peak_mb(server.pid),
+            "tokens": statistics.mean(row["completion_tokens_total"] for row in rows[1:])}
 
 
 def trl(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> dict:

@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 import fuzz_wire
 import load as load_test
 import ref_server
+from layers import pack_attention
 from ref_client import Reference, check_server, check_servers, request_logps, send, write_reference
 from ref_server import batched_logps, token_logps
 
@@ -45,7 +46,32 @@ FAMILIES = {
     "Cohere": {"logit_scale": 0.3},
     "Granite": {"logits_scaling": 3.0},
     "GPTNeoX": {},
+    "Gemma3": {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "Phi": {},  # its LM head has a bias
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},  # tokens that see each other outside attention
 }
+UNPACKED = ("Lfm2",)
+
+
+def make_model(family):
+    torch.manual_seed(0)
+    name = {"Gemma3": "Gemma3Text"}.get(family, family)
+    config = getattr(transformers, f"{name}Config")(**SHAPE, **FAMILIES[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or name.endswith("bias"):
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def make_groups():
+    """Three prompts; one of them begins like another; completions of several lengths."""
+    prompts = [[5, 6, 7], [5, 6, 7, 8, 9, 2], [4]]
+    whose, lens = [0, 1, 0, 2, 1, 0, 1], [4, 9, 1, 6, 12, 3, 1]
+    generator = torch.Generator().manual_seed(1)
+    rows = [prompts[p] + torch.randint(320, (n,), generator=generator).tolist() for p, n in zip(whose, lens)]
+    return torch.tensor(sum(rows, [])), torch.tensor([len(prompts[p]) for p in whose]), torch.tensor(lens)
 
 
 def make_rows(vocab_size=320, lens=((3, 5), (1, 1), (7, 2), (2, 11)), seed=0):
@@ -57,27 +83,65 @@ def make_rows(vocab_size=320, lens=((3, 5), (1, 1), (7, 2), (2, 11)), seed=0):
 
 def expected_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     """Row by row, without padding, from the model's own float64 logits."""
-    model, logps = model.double(), []
+    return plain_logps(copy.deepcopy(model).double(), tokens, prompt_lens, completion_lens, temperature)
+
+
+def plain_logps(model, tokens, prompt_lens, completion_lens, temperature):
+    logps = []
     for row, p in zip(tokens.split((prompt_lens + completion_lens).tolist()), prompt_lens.tolist()):
         distribution = (model(row[None]).logits[0] / temperature).log_softmax(-1)
         logps += [distribution[t - 1, row[t]] for t in range(p, len(row))]
-    model.float()
     return torch.stack(logps)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_are_those_of_plain_transformers(family):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SHAPE, **FAMILIES[family])
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = make_model(family)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.2)
-        for temperature in 1.0, 0.6:
-            ours = token_logps(model, *make_rows(), temperature)
-            assert ours.dtype == torch.float32 and ours.shape == (19,)
-            assert (ours - expected_logps(model, *make_rows(), temperature)).abs().max() < 2e-5
+        for packed in False, True:
+            if packed:
+                pack_attention(model)
+                assert (model.config._attn_implementation == "packed") == (family not in UNPACKED)
+            for rows, temperature in (make_rows(), 1.0), (make_rows(), 0.6), (make_groups(), 1.0):
+                ours = token_logps(model, *rows, temperature)
+                assert ours.dtype == torch.float32 and ours.shape == (rows[2].sum(),)
+                assert (ours - expected_logps(model, *rows, temperature)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_plain_transformers(family, monkeypatch):
+    monkeypatch.setattr(ref_server, "LOGITS_PER_TILE", 1000)  # ten tiles
+    model, rows = make_model(family), make_groups()
+    weights = torch.linspace(-1, 2, rows[2].sum())
+    pack_attention(model)
+    (token_logps(model, *rows, 0.7) * weights).sum().backward()
+    exact = copy.deepcopy(model).double()
+    exact.set_attn_implementation("sdpa")
+    (plain_logps(exact, *rows, 0.7) * weights).sum().backward()
+    for (name, ours), plain in zip(model.named_parameters(), exact.parameters()):
+        assert (ours.grad - plain.grad).norm() <= 2e-5 * plain.grad.norm() + 1e-6, name
+
+
+def test_each_token_is_computed_once_and_a_groups_prompt_too():
+    model, rows, seen = make_model("Qwen2"), make_groups(), []
+    pack_attention(model)
+    model.base_model.register_forward_pre_hook(lambda *_, **k: seen.append(_[2]["input_ids"]), with_kwargs=True)
+    token_logps(model, *rows)
+    assert seen[0].shape == (1, 3 + 6 + 1 + rows[2].sum())
+
+
+def test_bfloat16_costs_no_more_than_its_rounding():
+    model, rows = make_model("Qwen2"), make_groups()
+    pack_attention(model)
+    exact = token_logps(model, *rows)
+    exact.sum().backward()
+    exact_grad = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    model.bfloat16()
+    rounded = token_logps(model, *rows)
+    rounded.sum().backward()
+    assert rounded.dtype == torch.float32 and (rounded - exact).abs().max() < 0.1
+    assert (model.lm_head.weight.grad.float() - exact_grad).norm() < 0.02 * exact_grad.norm()
 
 
 def test_tiles_of_the_head_change_neither_values_nor_gradients(tiny, monkeypatch):

@@ -1,0 +1,137 @@
+"""The two layers where GRPO computes less than a general trainer would: attention, and the LM head.
+
+The rows of a batch differ in length, and those of a group begin with the same prompt. As a rectangle, half of what the
+linear layers compute could be padding and prompts again. So the model is given every token once, as one long row, and
+only inside attention they are rows again: `layout` says where. transformers calls `attention` in every layer.
+
+Of the LM head GRPO needs one number for each token of a completion: `HeadLogps` never holds all the logits.
+"""
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+SIMILAR = 0.7  # attention pads rows to the longest of those that are at least so long, relative to the first
+
+
+class Layout(NamedTuple):
+    """Which tokens of the rows are computed, N in all, and where attention finds them."""
+    computed: torch.Tensor  # (B, L) bool: of equal prompts only the first
+    number: torch.Tensor  # (B, L): a token's place among those computed
+    parts: list[torch.Tensor]  # `number`, cut into rows of similar length, without most of the padding
+    places: torch.Tensor  # (N,): where the parts, flattened, have each computed token
+
+
+def layout(rows, prompt_lens, lens) -> Layout:
+    """For rows (B, L) of so many tokens (B,), of which so many are the prompt; at its best with the longest first."""
+    position = torch.arange(rows.shape[1], device=rows.device)
+    is_prompt, first = position < prompt_lens[:, None], {}
+    owner = [first.setdefault(tuple(row[:n]), i) for i, (row, n) in enumerate(zip(rows.tolist(), prompt_lens.tolist()))]
+    owner = torch.tensor(owner, device=rows.device)  # (B,), the row where a row's prompt is computed
+    is_first = owner == torch.arange(len(rows), device=rows.device)
+    computed = (position < lens[:, None]) & (~is_prompt | is_first[:, None])
+    number = computed.flatten().cumsum(0).view_as(rows) - 1
+    number = torch.where(is_prompt, number[owner], number)
+
+    lens, cuts = lens.tolist(), [0]
+    for row, length in enumerate(lens):
+        if length < SIMILAR * lens[cuts[-1]]:
+            cuts.append(row)
+    parts = [(slice(start, end), slice(max(lens[start:end]))) for start, end in zip(cuts, [*cuts[1:], len(lens)])]
+    places = torch.cat([computed[part].flatten() for part in parts]).nonzero()[:, 0]
+    return Layout(computed, number, [number[part] for part in parts], places)
+
+
+def attention(module, query, key, value, attention_mask, layout=None, sliding_window=None, **options):
+    """As transformers calls it: query (B, heads, T, D), key and value (B, key heads, S, D) -> ((B, T, heads, D), None).
+
+    With a `layout` B is 1, and T = S are the tokens that are computed, of all rows.
+    """
+    if layout is not None:
+        packed = [(tensor[0].transpose(0, 1).flatten(1), tensor.shape[1]) for tensor in (query, key, value)]
+        outputs = []
+        for part in layout.parts:  # (rows, length)
+            # An embedding's backward pass sums the gradients of a shared token in a fixed order, on a GPU too.
+            states = (functional.embedding(part, states).unflatten(2, (heads, -1)).transpose(1, 2)
+                      for states, heads in packed)  # (rows, heads, length, D)
+            mask, length = None, part.shape[1]  # a causal model never looks at the padding, which is on the right
+            if sliding_window and length > sliding_window:
+                position = torch.arange(length, device=part.device)
+                distance = position[:, None] - position
+                mask = ((0 <= distance) & (distance < sliding_window))[None, None]
+            output, _ = sdpa_attention_forward(module, *states, mask, **options)
+            outputs.append(output.flatten(2).flatten(0, 1))
+        output = functional.embedding(layout.places, torch.cat(outputs))
+        return output.unflatten(1, (query.shape[1], -1))[None], None
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    # One new token for each row: heads with the same keys are as good as several queries, and no key is copied.
+    query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    output = functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=options["scaling"])
+    return output.flatten(1, 2)[:, None], None
+
+
+def pack_attention(model) -> None:
+    """From now on `model` attends as above, if nothing but ordinary attention lets its tokens see each other."""
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    ordinary = model._supports_attention_backend and not model._is_stateful
+    if ordinary and model.config._attn_implementation == "sdpa" and layers <= {"full_attention", "sliding_attention"}:
+        model.set_attn_implementation("packed")
+
+
+AttentionInterface.register("packed", attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
+
+
+class HeadLogps(torch.autograd.Function):
+    """Log-probs (C,) of `targets` (C,) after hidden (C, H), by the LM head: weight (V, H), bias (V,) or None.
+
+    A tile of the vocabulary at a time, in the backward pass again, so that of the logits (C, V) only a tile is ever
+    alive, and in the CPU's cache. Everything but the products of matrices is in float32, whatever the weights are in.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, cap, logits_per_tile):
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.scale, ctx.cap, ctx.tile_size = scale, cap, max(1, logits_per_tile // max(1, len(hidden)))
+        logps = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        ctx.total = logps - torch.inf  # log of the sum of exp(logits)
+        for _, logits, _, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
+            logps += logits.gather(1, place)[:, 0] * inside
+            ctx.total = ctx.total.logaddexp(logits.logsumexp(1))
+        return logps - ctx.total
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight, grad_bias = (torch.empty_like(tensor) if needed else None
+                                  for tensor, needed in zip((weight, bias), ctx.needs_input_grad[1:3]))
+        for tile, logits, slope, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
+            grad_logits = logits.sub_(ctx.total[:, None]).exp_().mul_(-grad[:, None])  # (C, tile)
+            grad_logits.scatter_add_(1, place, (grad * inside)[:, None]).mul_(slope)
+            rounded = grad_logits.to(hidden.dtype)
+            grad_hidden += rounded @ weight[tile]
+            if grad_weight is not None:
+                torch.mm(rounded.T, hidden, out=grad_weight[tile])
+            if grad_bias is not None:
+                grad_bias[tile] = grad_logits.sum(0)
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
+
+    @staticmethod
+    def tiles(ctx, hidden, weight, bias, targets):
+        """For each tile of the vocabulary: its slice, its logits (C, tile), their derivative by what the head gives,
+        and where among them each target is, (C, 1), if it is inside, (C,)."""
+        for start in range(0, len(weight), ctx.tile_size):
+            tile = slice(start, start + ctx.tile_size)
+            logits = functional.linear(hidden, weight[tile], None if bias is None else bias[tile]).float()
+            slope = ctx.scale
+            if ctx.cap:
+                logits = ctx.cap * torch.tanh(logits / ctx.cap)
+                slope = ctx.scale * (1 - (logits / ctx.cap).square())
+            place = targets - start
+            inside = (0 <= place) & (place < logits.shape[1])
+            yield tile, logits.mul_(ctx.scale), slope, place.clamp(0, logits.shape[1] - 1)[:, None], inside
