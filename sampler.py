@@ -158,7 +158,6 @@ class Completion(NamedTuple):
     ended: bool  # with EOS; otherwise it was cut off at max_tokens
 
 
-@torch.no_grad()
 def sample(model, prompts: list[list[int]], group_size: int, *, max_tokens: int, stop: list[int],
            temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None) -> list[Completion]:
     """`group_size` completions of each prompt, group after group; temperature 0 is greedy and needs no `seeds`.
@@ -172,7 +171,8 @@ def sample(model, prompts: list[list[int]], group_size: int, *, max_tokens: int,
         uniforms = torch.cat([
             torch.rand(group_size, max_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             for seed in seeds[some]]) if temperature else None
-        completions += decode(model, prompts[some], group_size, max_tokens, stop, temperature, min_tokens, uniforms)
+        decoded = decode(model, prompts[some], group_size, max_tokens, stop, temperature, min_tokens, uniforms)
+        completions += [Completion(c.tokens.clone(), c.logps.clone(), c.ended) for c in decoded]  # fit for autograd
     model.train(was_training)
     return completions
 
@@ -196,6 +196,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys[:, :, : self.tokens], self.values[:, :, : self.tokens]
 
 
+@torch.inference_mode()
 def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms) -> list[Completion]:
     """`sample` for prompts that fit together; uniforms (B, max_tokens) in [0, 1), B = prompts x group_size."""
     device, longest, count = model.device, max(map(len, prompts)), len(prompts) * group_size
