@@ -92,7 +92,8 @@ DS_CONFIG = {
     "gradient_clipping": MAX_GRAD_NORM,
     "zero_optimization": {"stage": ZERO_STAGE, "overlap_comm": False},
     "bf16": {"enabled": torch.accelerator.is_available()},
-    "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": (0.9, 0.999), "weight_decay": 0, "torch_adam": True}},
+    "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": (0.9, 0.999), "weight_decay": 0, "torch_adam": True,
+                                               "fused": True}},
 }
 
 
@@ -198,9 +199,6 @@ def add_gradients(engine, samples: list[dict], kept: list[dict], seconds: Counte
     most = reduce({"batches": len(batches)}, dist.ReduceOp.MAX)["batches"]
     filler = min(samples, key=lambda sample_: sample_["length"])
     batches += [[{**filler, "weight": 0 * filler["weight"]}]] * int(max(1, most) - len(batches))
-    if BETA and device.type == "cpu":  # a server on the same cores: side by side both would be slower than in turns
-        with report.timed(seconds, "ref_wait"):
-            wait([sample_["answer"][0] for sample_ in samples])
     for micro_batch in batches:
         with report.timed(seconds, "train"):
             rows = pack(micro_batch, device)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -84,6 +85,25 @@ def pack_attention(model) -> None:
 
 AttentionInterface.register("packed", attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values (B, heads, T, D) with room for more tokens: another token does not copy all of them."""
+    tokens, block = 0, 64
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def update(self, keys, values, *_, **__):
+        start, self.tokens = self.tokens, self.tokens + keys.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        if (missing := self.tokens - self.keys.shape[2]) > 0:
+            self.keys, self.values = (functional.pad(tensor, (0, 0, 0, missing + self.block))
+                                      for tensor in (self.keys, self.values))
+        self.keys[:, :, start : self.tokens], self.values[:, :, start : self.tokens] = keys, values
+        return self.keys[:, :, : self.tokens], self.values[:, :, : self.tokens]
 
 
 class HeadLogps(torch.autograd.Function):

@@ -30,7 +30,7 @@ PROMPTS, GROUP, BETA, LR = 4, 8, 0.04, 1e-5
 PHASES = ("sample", "reference", "reward", "train")
 
 
-def build(folder: Path, vocab: int, lengths: str) -> None:
+def build(folder: Path, vocab: int, lengths: str, longest=1024) -> None:
     """The model, its tokenizer, and prompts of some 25 tokens. For natural lengths it learns to end at any token with
     probability 1/40."""
     import arithmetic
@@ -43,7 +43,7 @@ def build(folder: Path, vocab: int, lengths: str) -> None:
     tokenizer = arithmetic.make_tokenizer(problems)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=vocab, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+        num_key_value_heads=2, max_position_embeddings=longest, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.eos_token_id))
     if lengths == "natural":
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -91,17 +91,24 @@ def reference_server(folder: Path, environment: dict):
             server.wait()
 
 
+def train(output: str, environment: dict, ranks=1, **constants) -> list[dict]:
+    """The metrics of grpo_train.py with these constants, a row a step, after nothing but training."""
+    start = [f"{Path(sys.executable).parent}/deepspeed", "--num_accelerators", "2"] if ranks == 2 else [sys.executable]
+    constants = dict(OUTPUT_DIR=output, REWARDS="reward_len", EVAL_EVERY=0, SAVE_EVERY=0, WARMUP_STEPS=0, BETA=BETA,
+                     LR=LR, ZERO_STAGE=0) | constants  # stage 0: the processes do not split anything
+    words = [f"{name}={value}" for name, value in constants.items()]
+    done = subprocess.run([*start, "grpo_train.py", *words], cwd=ROOT, env=environment, timeout=3000, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return [json.loads(line) for line in open(f"{output}/metrics.jsonl")]
+
+
 def ours(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> dict:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as output, reference_server(folder, environment) as (server, url):
-        constants = dict(
-            MODEL=folder, DATASET=f"{folder}/data.jsonl", REF_SERVER=url, OUTPUT_DIR=f"{output}/run",
-            STEPS=steps, PROMPTS_PER_STEP=PROMPTS, GROUP_SIZE=GROUP, MAX_COMPLETION_TOKENS=tokens, BETA=BETA, LR=LR,
-            MIN_COMPLETION_TOKENS=tokens if exact else 0, REWARDS="reward_len", EVAL_EVERY=0, SAVE_EVERY=0,
-            WARMUP_STEPS=0, MICRO_BATCH_TOKENS=8192)
-        program = [sys.executable, "grpo_train.py", *(f"{name}={value}" for name, value in constants.items())]
-        subprocess.run(program, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=3000)
-        rows = [json.loads(line) for line in open(f"{output}/run/metrics.jsonl")][1:]
+        rows = train(output, environment, MODEL=folder, DATASET=f"{folder}/data.jsonl", REF_SERVER=url, STEPS=steps,
+                     PROMPTS_PER_STEP=PROMPTS, GROUP_SIZE=GROUP, MAX_COMPLETION_TOKENS=tokens,
+                     MIN_COMPLETION_TOKENS=tokens if exact else 0, MICRO_BATCH_TOKENS=8192)[1:]
         phases = Counter({"sample": sum(row["seconds_sample"] for row in rows[1:]),
                           "reference": sum(row["seconds_ref_wait"] for row in rows[1:]),
                           "reward": sum(row["seconds_reward"] for row in rows[1:])})
