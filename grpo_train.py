@@ -15,7 +15,7 @@ import secrets
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
 import deepspeed
@@ -189,31 +189,34 @@ def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str
 
 # ------------------------------------------------------------------------------------------------- around the loop
 
-def add_gradients(engine, samples: list[dict], kept: list[dict], seconds: Counter) -> Counter:
-    """The gradients of the step's loss, from the samples that have a signal: sums to log.
+def make_batches(samples: list[dict], kept: list[dict], device, reference_logps) -> list[dict]:
+    """Micro-batches for `GRPO_step` of the samples that have a signal; their reference log-probs are on the way.
 
     Each backward pass may be a collective operation, so every process makes as many: those with fewer micro-batches
     fill up with one of weight zero.
     """
-    batches, sums, device = micro_batches(kept, MICRO_BATCH_TOKENS), Counter(), engine.device
+    batches = micro_batches(kept, MICRO_BATCH_TOKENS)
     most = reduce({"batches": len(batches)}, dist.ReduceOp.MAX)["batches"]
     filler = min(samples, key=lambda sample_: sample_["length"])
     batches += [[{**filler, "weight": 0 * filler["weight"]}]] * int(max(1, most) - len(batches))
-    for micro_batch in batches:
+    return [{"rows": pack(batch, device), "answer": reference_logps(*pack(batch)) if BETA else None,
+             **{key: torch.cat([sample_[key] for sample_ in batch]).to(device) for key in ("advantage", "weight")}}
+            for batch in batches]
+
+
+def add_gradients(engine, batches: list[dict], seconds: Counter) -> Counter:
+    """The gradients of the step's loss: sums to log."""
+    sums = Counter()
+    for batch in batches:
         with report.timed(seconds, "train"):
-            rows = pack(micro_batch, device)
-            logps = engine(*rows)
-        with report.timed(seconds, "ref_wait"):  # the server was at work during the forward pass
-            for sample_ in micro_batch if BETA else []:
-                answer, place = sample_["answer"]
-                sample_["ref_logps"] = answer.result()[place]
-        keys = [key for key in ("advantage", "weight", "ref_logps", "old_logps") if key in micro_batch[0]]
-        batch = {key: torch.cat([sample_[key] for sample_ in micro_batch]).to(device) for key in keys}
+            logps = engine(*batch["rows"])
+        if BETA and "ref_logps" not in batch:
+            with report.timed(seconds, "ref_wait"):  # the server was at work during the forward pass
+                batch["ref_logps"] = torch.cat(batch["answer"].result()).to(engine.device)
         with report.timed(seconds, "train"):
-            loss, logps, batch_sums = GRPO_step(lambda *_: logps, batch | {"rows": rows})
+            loss, logps, batch_sums = GRPO_step(lambda *_: logps, batch)
             engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over processes, the loss is a sum
-        for sample_, its_logps in zip(micro_batch, logps.split([len(s["completion"]) for s in micro_batch])):
-            sample_.setdefault("old_logps", its_logps)
+        batch.setdefault("old_logps", logps)
         sums.update(batch_sums)
     return sums
 
@@ -289,13 +292,7 @@ def main():
                     "weight": torch.full((len(completion.tokens),), weight * (completion.ended or not MASK_TRUNCATED))}
                    for row, completion, weight in zip(rows, completions, weights)]
 
-        # 3. The reference model's log-probs, in the background.
-        for batch in micro_batches(samples, MICRO_BATCH_TOKENS) if BETA else []:
-            answer = background.submit(request_logps, REF_SERVER, *pack(batch), TEMPERATURE, reference)
-            for place, sample_ in enumerate(batch):
-                sample_["answer"] = answer, place
-
-        # 4. Rewards, and from them advantages. A group whose advantages are all zero has nothing to teach.
+        # 3. Rewards, and from them advantages. A group whose advantages are all zero has nothing to teach.
         with report.timed(seconds, "reward"):
             texts, values, steps, totals, outcomes, reward_sums = score(rewards, rows, completions, tokenizer)
         kept, batch_std = [], spread(outcomes) if ADVANTAGE_SCALE == "batch" else None
@@ -305,11 +302,15 @@ def main():
             set_advantages(samples[group], outcomes[group], group_steps, rewards.values(), batch_std, tokenizer)
             kept += samples[group] if any(s["advantage"].any() for s in samples[group]) else []
 
+        # 4. The reference model's log-probs of the others, in the background.
+        batches = make_batches(samples, kept, engine.device, lambda *rows: background.submit(
+            request_logps, REF_SERVER, *rows, TEMPERATURE, reference))
+
         # 5. The updates: gradients, micro-batch by micro-batch, then AdamW's step.
         for group in engine.optimizer.param_groups:
             group["lr"] = LR * min(1, step / max(1, WARMUP_STEPS))
         for _ in range(UPDATES_PER_BATCH):
-            sums.update(add_gradients(engine, samples, kept, seconds))
+            sums.update(add_gradients(engine, batches, seconds))
             with report.timed(seconds, "train"):
                 engine.step()
             applied = engine.was_step_applied() and engine.basic_optimizer.gradients_were_finite
@@ -337,7 +338,6 @@ def main():
             progress.set_postfix_str(report.one_line(metrics), refresh=False)
             progress.update()
         if REF_SYNC_EVERY and step % REF_SYNC_EVERY == 0:
-            wait([sample_["answer"][0] for sample_ in samples])
             reference = renew(f"{run}-{step}", alpha=REF_MIXUP_ALPHA)
         if stop_asked or SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
             checkpoint.save(engine, whole, gathered, tokenizer, OUTPUT_DIR, step, KEEP_CHECKPOINTS, rank)

@@ -83,7 +83,7 @@ def trl(until: float) -> dict:
 
     rows = [{"prompt": prompt["text"]} | prompt["columns"] for prompt in prompts]
     trainer = GRPOTrainer(
-        MODEL, [with_tags(reward_correct), with_tags(reward_format)], 
+        MODEL, [with_tags(reward_correct), with_tags(reward_format)],
         train_dataset=Dataset.from_list(rows), callbacks=[Watch()],
         args=GRPOConfig(
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=128, num_generations=8, max_steps=MOST,

@@ -1,5 +1,6 @@
 """Constants, data sets, and completions: their tokens, log-probs and random numbers."""
 
+import copy
 import json
 
 import pytest
@@ -164,3 +165,34 @@ def test_constants_from_the_command_line():
     ]:
         with pytest.raises(SystemExit, match=sentence):
             override_constants(dict(constants), [argument])
+
+
+@pytest.mark.parametrize("vocabulary", [7, 1009, 5000, 151_936])  # a block of all, of one, several blocks
+def test_a_token_is_drawn_by_its_cumulative_probability_whatever_the_vocabulary(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(16, vocabulary, generator=generator)
+    logits[:, 1::2] = -torch.inf
+    uniform = torch.rand(16, dtype=torch.float64, generator=generator)
+    uniform[0], uniform[1] = 0, 1 - 2**-53
+    tokens, logps = draw(logits, uniform)
+    exact = logits.double().log_softmax(-1)
+    ends = exact.exp().cumsum(-1)[torch.arange(16), tokens]
+    starts = ends - exact.exp()[torch.arange(16), tokens]
+    assert ((starts <= uniform + 1e-6) & (uniform <= ends + 1e-6)).all()
+    assert not (tokens % 2).any()  # none of those that cannot be
+    torch.testing.assert_close(logps.double(), exact[torch.arange(16), tokens], atol=1e-5, rtol=0)
+
+
+def test_more_tokens_than_the_cache_has_room_for(tiny):
+    model, tokenizer = tiny
+    options = dict(max_tokens=150, stop=[-1], seeds=[3, 4, 5])
+    plain_model = copy.deepcopy(model)
+    plain_model.set_attn_implementation("sdpa")
+    plain = [completion.tokens.tolist() for completion in sample(plain_model, PROMPTS, 2, **options)]
+    assert model.config._attn_implementation == "packed" != plain_model.config._attn_implementation
+    assert [completion.tokens.tolist() for completion in sample(model, PROMPTS, 2, **options)] == plain
+    rows = [prompt + tokens for prompt, tokens in zip([p for p in PROMPTS for _ in range(2)], plain)]
+    for completion, row in zip(sample(model, PROMPTS, 2, **options), rows):
+        lens = torch.tensor([len(row) - 150]), torch.tensor([150])
+        logps = token_logps(plain_model, torch.tensor(row), *lens)
+        torch.testing.assert_close(completion.logps, logps, atol=1e-4, rtol=0)
