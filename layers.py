@@ -1,4 +1,4 @@
-"""The two layers where GRPO computes less than a general trainer would: attention, and the LM head.
+"""The parts of a model that GRPO can do with less work than a general trainer: attention, its cache, the LM head.
 
 The rows of a batch differ in length, and those of a group begin with the same prompt. As a rectangle, half of what the
 linear layers compute could be padding and prompts again. So the model is given every token once, as one long row, and

@@ -4,6 +4,7 @@
     python benchmarks/compare.py vocab=151936 steps=3 rounds=2            # Qwen2.5's vocabulary
     python benchmarks/compare.py lengths=natural                          # EOS allowed: most are short, some 256 tokens
     python benchmarks/compare.py programs=ours,trl threads=1,2            # which, and with which numbers of threads
+    python benchmarks/compare.py shape=1.5b vocab=151936 prompts=8 tokens=512 programs=ours,trl steps=4     # on a GPU
 
 A model of Qwen2's shape (hidden 256, 4 layers), 4 prompts x 8 completions a step, AdamW in float32, a reference model,
 one update a step; needs requirements-test.txt. Every program runs alone and may use both cores; this project's
@@ -26,11 +27,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-PROMPTS, GROUP, BETA, LR = 4, 8, 0.04, 1e-5
+GROUP, BETA, LR = 8, 0.04, 1e-5
+SHAPES = {  # Qwen2's
+    "small": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4),
+    "0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
+    "1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
+}
 PHASES = ("sample", "reference", "reward", "train")
 
 
-def build(folder: Path, vocab: int, lengths: str, longest=1024) -> None:
+def build(folder: Path, vocab: int, lengths: str, longest=1024, shape="small") -> None:
     """The model, its tokenizer, and prompts of some 25 tokens. For natural lengths it learns to end at any token with
     probability 1/40."""
     import arithmetic
@@ -42,9 +48,9 @@ def build(folder: Path, vocab: int, lengths: str, longest=1024) -> None:
     problems = arithmetic.make_problems(200, rng)
     tokenizer = arithmetic.make_tokenizer(problems)
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=longest, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.eos_token_id))
+        vocab_size=vocab, **SHAPES[shape], num_key_value_heads=2, max_position_embeddings=longest,
+        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        pad_token_id=tokenizer.eos_token_id))
     if lengths == "natural":
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         for _ in range(60):
@@ -92,10 +98,10 @@ def reference_server(folder: Path, environment: dict):
 
 
 def train(output: str, environment: dict, ranks=1, **constants) -> list[dict]:
-    """The metrics of grpo_train.py with these constants, a row a step, after nothing but training."""
+    """The metrics of a run of grpo_train.py with these constants: a row for the start, and one a step."""
     start = [f"{Path(sys.executable).parent}/deepspeed", "--num_accelerators", "2"] if ranks == 2 else [sys.executable]
     constants = dict(OUTPUT_DIR=output, REWARDS="reward_len", EVAL_EVERY=0, SAVE_EVERY=0, WARMUP_STEPS=0, BETA=BETA,
-                     LR=LR, ZERO_STAGE=0) | constants  # stage 0: the processes do not split anything
+                     LR=LR, ZERO_STAGE=0) | constants  # one process has nothing to split
     words = [f"{name}={value}" for name, value in constants.items()]
     done = subprocess.run([*start, "grpo_train.py", *words], cwd=ROOT, env=environment, timeout=3000, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -103,11 +109,11 @@ def train(output: str, environment: dict, ranks=1, **constants) -> list[dict]:
     return [json.loads(line) for line in open(f"{output}/metrics.jsonl")]
 
 
-def ours(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> dict:
+def ours(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threads: int) -> dict:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as output, reference_server(folder, environment) as (server, url):
         rows = train(output, environment, MODEL=folder, DATASET=f"{folder}/data.jsonl", REF_SERVER=url, STEPS=steps,
-                     PROMPTS_PER_STEP=PROMPTS, GROUP_SIZE=GROUP, MAX_COMPLETION_TOKENS=tokens,
+                     PROMPTS_PER_STEP=prompts, GROUP_SIZE=GROUP, MAX_COMPLETION_TOKENS=tokens,
                      MIN_COMPLETION_TOKENS=tokens if exact else 0, MICRO_BATCH_TOKENS=8192)[1:]
         phases = Counter({"sample": sum(row["seconds_sample"] for row in rows[1:]),
                           "reference": sum(row["seconds_ref_wait"] for row in rows[1:]),
@@ -117,7 +123,7 @@ def ours(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> di
             "tokens": statistics.mean(row["completion_tokens_total"] for row in rows[1:])}
 
 
-def trl(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> dict:
+def trl(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threads: int) -> dict:
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -127,7 +133,7 @@ def trl(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> dic
     from rewards import reward_len
 
     torch.set_num_threads(threads)
-    seconds, phases, lengths = [], Counter(), []
+    seconds, phases, lengths, parts = [], Counter(), [], prompts if torch.accelerator.is_available() else 1
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *arguments, **options):
@@ -143,9 +149,11 @@ def trl(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> dic
     trainer = GRPOTrainer(
         str(folder), [reward_len], train_dataset=Dataset.from_list(rows), callbacks=[Watch()],
         args=GRPOConfig(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=prompts * GROUP // parts,
+            gradient_accumulation_steps=parts, num_generations=GROUP,
             max_steps=steps, learning_rate=LR, lr_scheduler_type="constant", beta=BETA, loss_type="grpo",
-            use_bias_correction_kl=False, max_completion_length=tokens, max_grad_norm=1.0, use_cpu=True, bf16=False,
+            use_bias_correction_kl=False, max_completion_length=tokens, max_grad_norm=1.0,
+            use_cpu=not torch.accelerator.is_available(), bf16=torch.accelerator.is_available(),
             generation_kwargs={"min_new_tokens": tokens} if exact else {}, gradient_checkpointing=False, report_to=[],
             logging_steps=1000, save_strategy="no", disable_tqdm=True, seed=0))
 
@@ -166,10 +174,10 @@ def trl(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> dic
     watch("_get_per_token_logps_and_entropies",
           lambda model, *_: "reference" if model is trainer.ref_model else "policy")
     trainer.train()
-    return shares(seconds, phases) | {"trainer_mb": peak_mb(), "tokens": statistics.mean(lengths)}
+    return shares(seconds, phases) | {"trainer_mb": report.peak_memory_mb(), "tokens": statistics.mean(lengths)}
 
 
-def simple(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> dict:
+def simple(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threads: int) -> dict:
     """The algorithm of simple_GRPO as it is publicly described: generate, decode, tokenise the text again, log-probs
     from the logits of all positions, a group at a time. In one process, which spares it the transfer to its server."""
     import torch
@@ -191,7 +199,7 @@ def simple(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> 
 
     for step in range(steps):
         start = time.perf_counter()
-        for prompt in data[step * PROMPTS : (step + 1) * PROMPTS]:
+        for prompt in data[step * prompts : (step + 1) * prompts]:
             ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
             with report.timed(phases, "sample"), torch.no_grad():
                 answers = model.eval().generate(
@@ -215,7 +223,7 @@ def simple(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> 
             kl = difference.exp() - difference - 1
             mask = (again != tokenizer.eos_token_id).float()
             loss = -(((logps - logps.detach()).exp() * advantages - BETA * kl) * mask).sum(1) / mask.sum(1).clamp(1)
-            (loss.mean() / PROMPTS).backward()
+            (loss.mean() / prompts).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -223,21 +231,22 @@ def simple(folder: Path, steps: int, tokens: int, exact: bool, threads: int) -> 
         if step == 0:
             phases.clear()
             lengths.clear()
-    return shares(seconds, phases) | {"trainer_mb": peak_mb(), "tokens": statistics.mean(lengths) * PROMPTS}
+    tokens = statistics.mean(lengths) * prompts
+    return shares(seconds, phases) | {"trainer_mb": report.peak_memory_mb(), "tokens": tokens}
 
 
 # ------------------------------------------------------------------------------------------------- in turns
 
-def main(vocab="512", lengths="exact", steps="6", rounds="3", programs="ours,trl,simple", threads="2") -> None:
-    exact = lengths == "exact"
-    tokens, results = "64" if exact else "256", {}
+def main(vocab="512", lengths="exact", steps="6", rounds="3", programs="ours,trl,simple", threads="2", shape="small",
+         prompts="4", tokens="") -> None:
+    tokens, results = tokens or {"exact": "64", "natural": "256"}[lengths], {}
     with tempfile.TemporaryDirectory() as temporary:
-        build(Path(temporary) / "model", int(vocab), lengths)
+        build(Path(temporary) / "model", int(vocab), lengths, shape=shape)
         for number in range(int(rounds)):
             for program in programs.split(","):
                 for count in threads.split(","):
                     print(f"round {number + 1}: {program}, {count} threads", file=sys.stderr, flush=True)
-                    work = program, f"{temporary}/model", steps, tokens, lengths, count
+                    work = program, f"{temporary}/model", steps, prompts, tokens, lengths, count
                     said = subprocess.run([sys.executable, __file__, "run", *work], stdout=subprocess.PIPE, check=True,
                                           text=True, timeout=3600).stdout
                     results.setdefault((program, count), []).append(json.loads(said.splitlines()[-1]))
@@ -257,7 +266,7 @@ def main(vocab="512", lengths="exact", steps="6", rounds="3", programs="ours,trl
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:
-        _, _, name, where, count, most, kind, cores = sys.argv
-        print(json.dumps(globals()[name](Path(where), int(count), int(most), kind == "exact", int(cores))))
+        _, _, name, where, *numbers, kind, cores = sys.argv
+        print(json.dumps(globals()[name](Path(where), *map(int, numbers), kind == "exact", int(cores))))
     else:
         main(**dict(argument.split("=") for argument in sys.argv[1:]))

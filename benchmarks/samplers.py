@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from sampler import load_model, sample, stop_ids
 
-TOKENS = 64
+PROMPTS, TOKENS = 4, 64
 
 
 def main(vocab="512", rounds="5") -> None:
@@ -26,7 +26,7 @@ def main(vocab="512", rounds="5") -> None:
         folder = Path(temporary) / "model"
         compare.build(folder, int(vocab), "exact")
         model, tokenizer = load_model(str(folder))
-        lines = (folder / "data.jsonl").read_text().splitlines()[: compare.PROMPTS]
+        lines = (folder / "data.jsonl").read_text().splitlines()[: PROMPTS]
         prompts = [tokenizer(json.loads(line)["prompt"], add_special_tokens=False).input_ids for line in lines]
     repeated = [prompt for prompt in prompts for _ in range(compare.GROUP)]
     longest, end = max(map(len, prompts)), tokenizer.eos_token_id

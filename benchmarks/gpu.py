@@ -1,0 +1,94 @@
+"""On a GPU: how close decoding comes to the speed of its memory, training to that of its processor, and what fits.
+
+    python benchmarks/gpu.py                             # Qwen2.5-1.5B's shape, random weights, bfloat16
+    python benchmarks/gpu.py shape=0.5b tflops=989       # of the GPU in bfloat16, from its data sheet
+    python benchmarks/gpu.py shape=small tokens=16       # tries this script where there is no GPU
+
+8 prompts of 128 tokens x 8 completions. A decode step's floor is the bytes of weights and cache over the bandwidth that
+copying reaches; MFU is 6 x parameters x tokens of a forward and backward pass, over the seconds and `tflops`. The
+longest completion is that of one row with AdamW's states in memory and gradient checkpointing, in `gigabytes`.
+"""
+import sys
+import time
+
+import compare
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from layers import pack_attention
+from ref_server import token_logps
+from sampler import sample
+
+PROMPT, ROWS = 128, 64
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def clock(work, times=3) -> float:
+    """Seconds; the first time is not counted."""
+    for number in range(times + 1):
+        if number == 1:
+            start = time.perf_counter()
+        work()
+        if DEVICE.type != "cpu":
+            torch.accelerator.synchronize()
+    return (time.perf_counter() - start) / times
+
+
+def rows_of(count: int, tokens: int, vocab: int) -> list[torch.Tensor]:
+    prompts = torch.randint(vocab, (-(-count // 8), PROMPT)).repeat_interleave(8, 0)[:count]
+    packed = torch.cat([prompts, torch.randint(vocab, (count, tokens))], 1).flatten()
+    lens = (torch.full((count,), PROMPT), torch.full((count,), tokens))
+    return [tensor.to(DEVICE) for tensor in (packed, *lens)]
+
+
+def main(shape="1.5b", tokens="512", tflops="989", gigabytes="80") -> None:
+    tokens, vocab = int(tokens), 512 if shape == "small" else 151936
+    model = Qwen2ForCausalLM(Qwen2Config(**compare.SHAPES[shape], num_key_value_heads=2, vocab_size=vocab,
+                                         max_position_embeddings=2**20, tie_word_embeddings=True))
+    model = model.to(DEVICE, torch.float32 if DEVICE.type == "cpu" else torch.bfloat16).eval()
+    pack_attention(model)
+    parameters, item = model.num_parameters(), model.dtype.itemsize
+    print(f"{shape}: {parameters / 1e9:.2f} billion parameters, {DEVICE}, {model.dtype}", flush=True)
+
+    block = torch.empty(2**28 if DEVICE.type != "cpu" else 2**22, device=DEVICE)
+    bandwidth = 2 * block.nbytes / clock(block.clone)
+    del block
+    prompts = torch.randint(vocab, (ROWS // 8, PROMPT)).tolist()
+
+    def decode(count):
+        sample(model, prompts, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=list(range(len(prompts))))
+
+    step = (clock(lambda: decode(tokens), 1) - clock(lambda: decode(tokens // 2), 1)) / (tokens - tokens // 2)
+    config = model.config
+    size = 2 * config.num_key_value_heads * config.hidden_size / config.num_attention_heads  # of a token in a layer
+    cache = ROWS * (PROMPT + 0.75 * tokens) * config.num_hidden_layers * size * item
+    floor = (parameters * item + cache) / bandwidth
+    print(f"decode step: {1e3 * step:.2f} ms, {step / floor:.1f} times the floor at {bandwidth / 1e9:.0f} GB/s "
+          f"({ROWS / step:.0f} tokens a second)", flush=True)
+
+    def update(rows):
+        token_logps(model, *rows).mean().backward()
+        model.zero_grad(set_to_none=False)
+
+    rows = rows_of(max(1, 8192 // (PROMPT + tokens)), tokens, vocab)
+    seconds, computed = clock(lambda: update(rows)), -(-len(rows[1]) // 8) * PROMPT + int(rows[2].sum())
+    mfu = 6 * parameters * computed / seconds / float(tflops) / 1e12
+    print(f"training: {computed / seconds:.0f} tokens a second, MFU {mfu:.1%} of {tflops} TFLOPS", flush=True)
+
+    if DEVICE.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1, float(gigabytes) * 1e9 / torch.cuda.mem_get_info()[1]))
+        states = torch.empty(3 * parameters, device=DEVICE)  # weights in float32, AdamW's two moments
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        fits, fails = 1024, None
+        while fails is None or fails - fits > 1024:
+            length = 2 * fits if fails is None else (fits + fails) // 2
+            try:
+                update(rows_of(1, length, vocab))
+                fits = length
+            except torch.OutOfMemoryError:
+                fails = length
+        print(f"longest completion in {gigabytes} GB, beside {states.nbytes / 1e9:.0f} GB of states: {fits} tokens")
+
+
+if __name__ == "__main__":
+    main(**dict(argument.split("=") for argument in sys.argv[1:]))
