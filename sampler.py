@@ -240,7 +240,8 @@ def pick(weights, uniform):
     target = uniform[:, None] * ends[:, -1:]
     index = torch.searchsorted(ends, target, right=True).clamp_(max=weights.shape[1] - 1)  # if they are no numbers
     size = weights.gather(1, index)
-    return index[:, 0], ((target - ends.gather(1, index) + size) / size)[:, 0]
+    inside = (target - ends.gather(1, index) + size) / size
+    return index[:, 0], inside[:, 0].clamp(0, 1 - 2**-52)  # rounding must not lead to what has no weight
 
 
 # ------------------------------------------------------------------------------------------------- batches

@@ -67,7 +67,7 @@ def build(folder: Path, vocab: int, lengths: str, longest=1024, shape="small") -
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def peak_mb(pid="self") -> float:
+def peak_mb(pid: int) -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 
@@ -123,11 +123,23 @@ def ours(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threa
             "tokens": statistics.mean(row["completion_tokens_total"] for row in rows[1:])}
 
 
+def trl_config(**options):
+    """What TRL needs for the loss and the optimizer of this project, and to be quiet."""
+    import torch
+    from trl import GRPOConfig
+
+    gpu = torch.accelerator.is_available()
+    return GRPOConfig(
+        output_dir=tempfile.mkdtemp(), loss_type="grpo", use_bias_correction_kl=False, max_grad_norm=1.0,
+        use_cpu=not gpu, bf16=gpu, gradient_checkpointing=False, report_to=[], logging_steps=1000, save_strategy="no",
+        disable_tqdm=True, seed=0, **options)
+
+
 def trl(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threads: int) -> dict:
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     import report
     from rewards import reward_len
@@ -148,14 +160,10 @@ def trl(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, thread
     rows = [{"prompt": json.loads(line)["prompt"]} for line in open(folder / "data.jsonl")]
     trainer = GRPOTrainer(
         str(folder), [reward_len], train_dataset=Dataset.from_list(rows), callbacks=[Watch()],
-        args=GRPOConfig(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=prompts * GROUP // parts,
-            gradient_accumulation_steps=parts, num_generations=GROUP,
-            max_steps=steps, learning_rate=LR, lr_scheduler_type="constant", beta=BETA, loss_type="grpo",
-            use_bias_correction_kl=False, max_completion_length=tokens, max_grad_norm=1.0,
-            use_cpu=not torch.accelerator.is_available(), bf16=torch.accelerator.is_available(),
-            generation_kwargs={"min_new_tokens": tokens} if exact else {}, gradient_checkpointing=False, report_to=[],
-            logging_steps=1000, save_strategy="no", disable_tqdm=True, seed=0))
+        args=trl_config(
+            per_device_train_batch_size=prompts * GROUP // parts, gradient_accumulation_steps=parts,
+            num_generations=GROUP, max_steps=steps, learning_rate=LR, lr_scheduler_type="constant", beta=BETA,
+            max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens} if exact else {}))
 
     def rewarded(inputs, prompts, completions, ids, *_):
         lengths.append(sum(map(len, ids)))

@@ -44,7 +44,7 @@ def trl(until: float) -> dict:
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     from evaluation import score
     from grpo_train import SYSTEM_PROMPT
@@ -85,12 +85,9 @@ def trl(until: float) -> dict:
     trainer = GRPOTrainer(
         MODEL, [with_tags(reward_correct), with_tags(reward_format)],
         train_dataset=Dataset.from_list(rows), callbacks=[Watch()],
-        args=GRPOConfig(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=128, num_generations=8, max_steps=MOST,
-            learning_rate=5e-5, lr_scheduler_type="constant_with_warmup", warmup_steps=10, beta=0.005, loss_type="grpo",
-            use_bias_correction_kl=False, max_completion_length=64, max_grad_norm=1.0, use_cpu=True, bf16=False,
-            gradient_checkpointing=False, report_to=[], logging_steps=1000, save_strategy="no", disable_tqdm=True,
-            seed=0))
+        args=compare.trl_config(
+            per_device_train_batch_size=128, num_generations=8, max_steps=MOST, learning_rate=5e-5, beta=0.005,
+            lr_scheduler_type="constant_with_warmup", warmup_steps=10, max_completion_length=64))
     trainer.train()
     return {"seconds": seconds_until(history, until), "step": statistics.median(seconds for seconds, _ in history)}
 

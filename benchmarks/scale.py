@@ -18,7 +18,7 @@ from pathlib import Path
 import compare
 from matplotlib.figure import Figure
 
-AXES = {  # what varies, its values, and what they are called in the constants
+AXES = {  # what varies, and its values
     "lengths": [64, 256, 1024, 4096],
     "groups": [4, 16, 64],
     "vocabulary": [512, 8192, 151936],

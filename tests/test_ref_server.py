@@ -125,7 +125,7 @@ def test_gradients_are_those_of_plain_transformers(family, monkeypatch):
 def test_each_token_is_computed_once_and_a_groups_prompt_too():
     model, rows, seen = make_model("Qwen2"), make_groups(), []
     pack_attention(model)
-    model.base_model.register_forward_pre_hook(lambda *_, **k: seen.append(_[2]["input_ids"]), with_kwargs=True)
+    model.base_model.register_forward_pre_hook(lambda _, __, named: seen.append(named["input_ids"]), with_kwargs=True)
     token_logps(model, *rows)
     assert seen[0].shape == (1, 3 + 6 + 1 + rows[2].sum())
 
