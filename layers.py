@@ -105,6 +105,13 @@ class RoomyLayer(DynamicLayer):
         self.keys[:, :, start : self.tokens], self.values[:, :, start : self.tokens] = keys, values
         return self.keys[:, :, : self.tokens], self.values[:, :, : self.tokens]
 
+    def batch_select_indices(self, indices):
+        places = torch.arange(len(indices), device=indices.device)
+        moved = (indices != places).nonzero()[:, 0]  # the others stay where they are and are not copied
+        for tensor in (self.keys, self.values):
+            tensor[moved] = tensor[indices[moved]]
+        self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
+
 
 class HeadLogps(torch.autograd.Function):
     """Log-probs (C,) of `targets` (C,) after hidden (C, H), by the LM head: weight (V, H), bias (V,) or None.

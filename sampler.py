@@ -205,7 +205,9 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
         stopped = torch.isin(token, stop)
         if stopped.any():
             lengths[rows[stopped]], ended[rows[stopped]] = t + 1, True
-            going = (~stopped).nonzero()[:, 0]
+            live = (~stopped).nonzero()[:, 0]
+            going = torch.arange(len(live), device=device)  # the last rows take the places of those that ended
+            going[stopped[: len(live)]] = live[live >= len(live)]
             cache.batch_select_indices(going)
             rows, token, mask, position = rows[going], token[going], mask[going], position[going]
         if len(rows) == 0 or t == max_tokens - 1:

@@ -114,7 +114,7 @@ def ours(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threa
     with tempfile.TemporaryDirectory() as output, reference_server(folder, environment) as (server, url):
         rows = train(output, environment, MODEL=folder, DATASET=f"{folder}/data.jsonl", REF_SERVER=url, STEPS=steps,
                      PROMPTS_PER_STEP=prompts, GROUP_SIZE=GROUP, MAX_COMPLETION_TOKENS=tokens,
-                     MIN_COMPLETION_TOKENS=tokens if exact else 0, MICRO_BATCH_TOKENS=8192)[1:]
+                     MIN_COMPLETION_TOKENS=tokens if exact else 0)[1:]
         phases = Counter({"sample": sum(row["seconds_sample"] for row in rows[1:]),
                           "reference": sum(row["seconds_ref_wait"] for row in rows[1:]),
                           "reward": sum(row["seconds_reward"] for row in rows[1:])})

@@ -4,7 +4,7 @@
     python benchmarks/learning.py rounds=3 until=0.9
 
 The same prompts a step, group size, limits, rewards, optimizer, learning rate, warm-up and KL weight. Both are judged
-every two steps by the same greedy evaluation, outside their time. The reference server shares this machine.
+after every step by the same greedy evaluation, outside their time. The reference server shares this machine.
 """
 import json
 import os
@@ -18,7 +18,7 @@ import compare
 
 MODEL, HELDOUT = (str(compare.ROOT / "examples/arithmetic" / name) for name in ("model", "heldout.jsonl"))
 TRAIN = str(compare.ROOT / "examples/arithmetic/train.jsonl")
-EVERY, MOST = 2, 30
+EVERY, MOST = 1, 30
 
 
 def seconds_until(history: list[tuple[float, float]], until: float) -> float:
