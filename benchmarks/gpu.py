@@ -6,13 +6,16 @@
 
 8 prompts of 128 tokens x 8 completions. A decode step's floor is the bytes of weights and cache over the bandwidth that
 copying reaches; MFU is 6 x parameters x tokens of a forward and backward pass, over the seconds and `tflops`. The
-longest completion is that of one row with AdamW's states in memory and gradient checkpointing, in `gigabytes`.
+longest completion is that of one row with AdamW's states in memory and gradient checkpointing, in `gigabytes`; TRL's
+with its own loss, in the same place (requirements-test.txt).
 """
 import sys
 import time
 
 import compare
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from layers import pack_attention
@@ -75,19 +78,59 @@ def main(shape="1.5b", tokens="512", tflops="989", gigabytes="80") -> None:
     mfu = 6 * parameters * computed / seconds / float(tflops) / 1e12
     print(f"training: {computed / seconds:.0f} tokens a second, MFU {mfu:.1%} of {tflops} TFLOPS", flush=True)
 
-    if DEVICE.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(min(1, float(gigabytes) * 1e9 / torch.cuda.mem_get_info()[1]))
-        states = torch.empty(3 * parameters, device=DEVICE)  # weights in float32, AdamW's two moments
-        model.train().gradient_checkpointing_enable({"use_reentrant": False})
-        fits, fails = 1024, None
-        while fails is None or fails - fits > 1024:
-            length = 2 * fits if fails is None else (fits + fails) // 2
-            try:
-                update(rows_of(1, length, vocab))
-                fits = length
-            except torch.OutOfMemoryError:
-                fails = length
-        print(f"longest completion in {gigabytes} GB, beside {states.nbytes / 1e9:.0f} GB of states: {fits} tokens")
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    updates = {"ours": lambda length: update(rows_of(1, length, vocab)), "TRL": trl_update(model, vocab)}
+    if DEVICE.type != "cuda":
+        for name, work in updates.items():
+            print(f"{name}: a row of {tokens} tokens takes {clock(lambda: work(tokens), 1):.1f} s")
+        return
+    torch.cuda.set_per_process_memory_fraction(min(1, float(gigabytes) * 1e9 / torch.cuda.mem_get_info()[1]))
+    states = torch.empty(3 * parameters, device=DEVICE)  # weights in float32, AdamW's two moments
+    for name, work in updates.items():
+        print(f"{name}: longest completion in {gigabytes} GB, beside {states.nbytes / 1e9:.0f} GB of states: "
+              f"{longest(work)} tokens", flush=True)
+
+
+def trl_update(model, vocab: int):
+    """Forward and backward pass of TRL's loss for one row of so many tokens."""
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+    from trl import GRPOTrainer
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<end>": 0}, "<end>")), eos_token="<end>",
+                                        pad_token="<end>")
+    trainer = GRPOTrainer(
+        model, lambda completions, **columns: [0.0] * len(completions), processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": "<end>"}] * 8),
+        args=compare.trl_config(per_device_train_batch_size=8, num_generations=8, beta=0.0))
+    trainer.current_gradient_accumulation_steps = 1
+
+    def update(length):
+        ids = [torch.randint(vocab, (1, count), device=DEVICE) for count in (PROMPT, length)]
+        zeros = torch.zeros(1, length, device=DEVICE)
+        inputs = {f"{name}_{kind}": value for name, row in zip(("prompt", "completion"), ids)
+                  for kind, value in (("ids", row), ("mask", torch.ones_like(row)))}
+        model.set_attn_implementation("sdpa")
+        advantages = torch.ones(1, device=DEVICE)
+        inputs |= {"advantages": advantages, "old_per_token_logps": zeros, "num_items_in_batch": length}
+        trainer._compute_loss(model, inputs).backward()
+        model.zero_grad(set_to_none=False)
+        pack_attention(model)
+    return update
+
+
+def longest(work) -> int:
+    """Tokens of the longest completion, within 1,024, that `work` has the memory for."""
+    fits, fails = 1024, None
+    while fails is None or fails - fits > 1024:
+        length = 2 * fits if fails is None else (fits + fails) // 2
+        try:
+            work(length)
+            fits = length
+        except torch.OutOfMemoryError:
+            fails = length
+        torch.cuda.empty_cache()
+    return fits
 
 
 if __name__ == "__main__":
