@@ -4,8 +4,8 @@
     python benchmarks/scale.py vocabulary groups      # some of it, undrawn
 
 One step of training with everything else held: 2 prompts x 4 completions of 128 tokens, 512 entries, the model of
-compare.py, one thread a process. Printed is the exponent of a power law through all points but the first (1: as
-fast as the work), of every phase and of the memory beyond the smallest run's.
+compare.py, one thread a process. Printed is the exponent of a power law through the seconds of all points but the first
+(1: as fast as the work).
 """
 import math
 import os
@@ -26,6 +26,16 @@ AXES = {  # what varies, and its values
     "servers": [1, 2],
 }
 PHASES = ("seconds_sample", "seconds_ref_wait", "seconds_train", "peak_memory_mb")
+LABELS = {
+    "lengths": "tokens of a completion",
+    "groups": "completions of a prompt",
+    "vocabulary": "entries of the vocabulary",
+    "processes": "trainer processes",
+    "servers": "reference servers",
+    "seconds_sample": "sampling",
+    "seconds_ref_wait": "waiting for the reference",
+    "seconds_train": "training",
+}
 
 
 def measure(folders: dict, axis: str, value: int) -> dict[str, float]:
@@ -51,32 +61,44 @@ def exponent(xs: list[float], ys: list[float]) -> float:
     return sum((x - middle) * y for x, y in zip(xs, ys)) / sum((x - middle) ** 2 for x in xs)
 
 
+def draw(results: dict[str, list[dict]], path) -> None:
+    """For each axis the seconds, above, and the memory, below."""
+    figure = Figure(figsize=(3.2 * len(results), 5.5), layout="constrained")
+    for (axis, found), (above, below) in zip(results.items(), figure.subplots(2, len(results)).T):
+        for name in PHASES[:3]:
+            above.plot(AXES[axis], [max(0.01, result[name]) for result in found], "o-", label=LABELS[name])
+        below.plot(AXES[axis], [result["peak_memory_mb"] for result in found], "ko-")
+        above.set(title=LABELS[axis], yscale="log", ylim=(0.008, 120))
+        below.set(ylim=(0, 1500))
+        for plot in (above, below):
+            plot.set_xscale("log")
+            plot.set_xticks(AXES[axis], [f"{value:,}" for value in AXES[axis]])
+            plot.minorticks_off()
+            plot.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("seconds a step (log)")
+    figure.axes[len(results)].set_ylabel("peak memory of a trainer, MB")
+    figure.axes[len(results) - 1].legend(fontsize="small")
+    figure.savefig(path, dpi=90)
+
+
 def main(*names: str) -> None:
-    names = names or tuple(AXES)
-    figure = Figure(figsize=(4 * len(names), 7), layout="constrained")
-    plots = figure.subplots(2, len(names), squeeze=False)
+    names, results = names or tuple(AXES), {}
     with tempfile.TemporaryDirectory() as temporary:
         folders = {}
         for vocab in {512, *(AXES["vocabulary"] if "vocabulary" in names else ())}:
             folders[vocab] = Path(temporary) / str(vocab)
             compare.build(folders[vocab], vocab, "exact", longest=8192)
-        for column, axis in enumerate(names):
-            values, results = AXES[axis], []
-            for value in values:
-                results.append(measure(folders, axis, value))
-                print(f"{axis} {value}: " + ", ".join(f"{name} {results[-1][name]:.3g}" for name in PHASES), flush=True)
-            for name in PHASES:
-                ys = [result[name] for result in results]
-                plots[int(name == "peak_memory_mb"), column].loglog(values, ys, "o-", label=name)
-                if len(values) > 2:
-                    least = ys[0] if name == "peak_memory_mb" else 0
-                    power = exponent(values[1:], [y - least for y in ys[1:]])
-                    print(f"{axis}: {name} grows with the power {power:.2f}", flush=True)
-            plots[0, column].set(title=axis, ylabel="s")
-            plots[1, column].set(xlabel=axis, ylabel="MB")
-            plots[0, column].legend(fontsize="small")
+        for axis in names:
+            results[axis] = []
+            for value in AXES[axis]:
+                result = measure(folders, axis, value)
+                print(f"{axis} {value}: " + ", ".join(f"{name} {result[name]:.3g}" for name in PHASES), flush=True)
+                results[axis].append(result)
+            for name in ("seconds_sample", "seconds_train") if len(AXES[axis]) > 2 else ():
+                power = exponent(AXES[axis][1:], [result[name] for result in results[axis][1:]])
+                print(f"{axis}: {name} grows with the power {power:.2f}", flush=True)
     if names == tuple(AXES):
-        figure.savefig(compare.ROOT / "benchmarks" / "scale.png", dpi=80)
+        draw(results, compare.ROOT / "benchmarks" / "scale.png")
 
 
 if __name__ == "__main__":
