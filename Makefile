@@ -1,17 +1,21 @@
 # make demo: set up, build the embedded model, train it and show what it learned.   make test: set up and test.
+# make test-vllm: the tests that need vLLM, in an environment of its own.
 # make fuzz: 100,000 broken bodies for the reference server.   make load: eight rude clients for ten minutes.
 PYTHON ?= python3.11
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 EMBEDDED := examples/arithmetic/model/config.json
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test fuzz load
+.PHONY: demo test test-vllm fuzz load
 demo: $(EMBEDDED)
 	examples/demo.sh $(DEMO)
 
 test: .venv/ready-for-tests $(EMBEDDED)
 	python -m pytest -q tests/test_rewards.py
 	python -m pytest -q -n 2 --dist worksteal tests --ignore tests/test_rewards.py
+
+test-vllm: .venv-vllm/ready $(EMBEDDED)
+	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py
 
 $(EMBEDDED): examples/arithmetic.py | .venv/ready
 	python examples/arithmetic.py
@@ -29,4 +33,10 @@ load: .venv/ready-for-tests
 
 .venv/ready-for-tests: .venv/ready requirements-test.txt
 	.venv/bin/pip install --quiet --requirement requirements-test.txt
+	touch $@
+
+.venv-vllm/ready: requirements-vllm.txt requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --requirement requirements-vllm.txt
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for CUDA, they fail to load
 	touch $@

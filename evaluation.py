@@ -5,7 +5,6 @@ import torch.distributed as dist
 import report
 from processes import reduce
 from rewards import compute_rewards
-from sampler import sample
 
 
 def columns(rows: list[dict]) -> dict[str, list]:
@@ -30,13 +29,13 @@ def score(rewards: dict, rows: list[dict], completions: list, tokenizer):
     return texts, values, steps, totals, outcomes, sums
 
 
-def evaluate(model, tokenizer, rewards: dict, rows: list[dict], **options) -> dict[str, float]:
+def evaluate(draw, tokenizer, rewards: dict, rows: list[dict], **options) -> dict[str, float]:
     """Greedy completions of the held-out rows, shared by the processes: accuracy, rewards, length, share cut off.
 
-    `options` are those of `sample`: max_tokens and stop.
+    `draw` is `sampler.sample` of a model, or like it; `options` are max_tokens and stop.
     """
     mine = rows[dist.get_rank() :: dist.get_world_size()]
-    completions = sample(model, [row["ids"] for row in mine], 1, temperature=0, **options)
+    completions = draw([row["ids"] for row in mine], 1, temperature=0, **options)
     *_, sums = score(rewards, mine, completions, tokenizer)
     means = report.means(reduce(sums), len(rows))
     return {f"eval_{name.removeprefix('completion_')}": value for name, value in means.items()}

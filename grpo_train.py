@@ -53,6 +53,9 @@ MAX_PROMPT_TOKENS = 128  # longer prompts are left out
 MAX_COMPLETION_TOKENS = 64  # 512 for GSM8K, thousands for competition mathematics
 MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
 TEMPERATURE = 1.0  # of sampling and of every log-prob; below 1 explores less
+SAMPLER = "transformers"  # or "vllm": requirements-vllm.txt, an engine in every process
+VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
+IS_CAP = 2.0  # vLLM's log-probs are not quite the policy's; their ratio weighs the tokens, at most by so much
 
 # Loss
 LOSS_TYPE = "grpo"  # how tokens are weighted: grpo, dr_grpo, dapo, bnpo, cispo; see `token_weights` and `GRPO_step`
@@ -163,12 +166,15 @@ def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str
     loss = sum of weight * (BETA * (exp(d) - d - 1) - surrogate), d = ref_logps - logps; DeepSeekMath, eq. 3 and 4.
     surrogate = min(ratio * A, clip(ratio) * A); ratio = exp(logps - old_logps), or its geometric mean over the
     completion if IMPORTANCE is "sequence" (GSPO, arXiv 2507.18071, eq. 5 and 7).
+    Where another engine sampled, with sampler_logps (C,): surrogate * min(exp(old_logps - sampler_logps), IS_CAP), the
+    factor as a constant; truncated importance sampling (Ionides 2008; for language models Yao et al. 2025).
     cispo: surrogate = clip(ratio) * A * logps, the ratio as a constant (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
     ENTROPY_BONUS adds -logps * ratio, these logps as a constant: in expectation its gradient is the entropy's.
     """
     logps = policy(*batch["rows"])  # (C,)
     advantage, weight, lens = batch["advantage"], batch["weight"], batch["rows"][2]
-    log_ratio = logps - batch.get("old_logps", logps.detach())
+    old_logps = batch.get("old_logps", logps.detach())
+    log_ratio = logps - old_logps
     if IMPORTANCE == "sequence":
         log_ratio = torch.segment_reduce(log_ratio, "mean", lengths=lens).repeat_interleave(lens)
     ratio = log_ratio.exp()
@@ -176,6 +182,8 @@ def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str
     surrogate = torch.min(ratio * advantage, clipped * advantage)
     if LOSS_TYPE == "cispo":
         surrogate = clipped.detach() * advantage * logps
+    sampler_ratio = (old_logps - batch.get("sampler_logps", old_logps)).exp()
+    surrogate = surrogate * sampler_ratio.clamp(max=IS_CAP)
     ref_log_ratio = batch["ref_logps"] - logps if BETA else torch.zeros_like(logps)
     kl = torch.expm1(ref_log_ratio) - ref_log_ratio
     loss = ((BETA * kl - surrogate + ENTROPY_BONUS * logps.detach() * ratio) * weight).sum()
@@ -183,7 +191,8 @@ def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str
     real = weight > 0
     low, high = real & (ratio < 1 - CLIP_LOW) & (advantage < 0), real & (ratio > 1 + CLIP_HIGH) & (advantage > 0)
     sums = {"loss": loss, "count tokens": real.sum(), "kl": kl[real].sum(), "entropy": -logps[real].sum(),
-            "clip_low_frac": low.sum(), "clip_high_frac": high.sum(), "clip_region_frac": (low | high).sum()}
+            "clip_low_frac": low.sum(), "clip_high_frac": high.sum(), "clip_region_frac": (low | high).sum(),
+            "sampler_ratio": sampler_ratio[real].double().sum()}
     return loss, logps.detach(), {name: value.item() for name, value in sums.items()}
 
 
@@ -199,8 +208,9 @@ def make_batches(samples: list[dict], kept: list[dict], device, reference_logps)
     most = reduce({"batches": len(batches)}, dist.ReduceOp.MAX)["batches"]
     filler = min(samples, key=lambda sample_: sample_["length"])
     batches += [[{**filler, "weight": 0 * filler["weight"]}]] * int(max(1, most) - len(batches))
+    names = ["advantage", "weight", *(["sampler_logps"] if SAMPLER == "vllm" else [])]
     return [{"rows": pack(batch, device), "answer": reference_logps(*pack(batch)) if BETA else None,
-             **{key: torch.cat([sample_[key] for sample_ in batch]).to(device) for key in ("advantage", "weight")}}
+             **{name: torch.cat([sample_[name] for sample_ in batch]).to(device) for name in names}}
             for batch in batches]
 
 
@@ -255,6 +265,11 @@ def main():
     whole = copy.deepcopy(whole, {id(parameter): parameter for parameter in model.parameters()})
     sampled = whole.get_base_model() if LORA_RANK else whole
     gathered = partial(deepspeed.zero.GatheredParameters, list(model.parameters()))
+    draw, ready = partial(sample, sampled), gathered  # within `ready()` one samples from the weights as they are now
+    if SAMPLER == "vllm":
+        from vllm_sampler import Engine  # here, because vLLM is optional
+        vllm = Engine(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, VLLM_MEMORY)
+        draw, ready = vllm.sample, partial(vllm.ready, whole, gathered)
     if GRADIENT_CHECKPOINTING:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = deepspeed.initialize(model=Policy(model).train(), config=DS_CONFIG)[0]
@@ -263,8 +278,10 @@ def main():
     if last:
         checkpoint.load(engine, OUTPUT_DIR, last)
     else:
-        with gathered():
-            metrics = {"step": 0} | (evaluate(sampled, tokenizer, rewards, heldout, **limits) if EVAL_EVERY else {})
+        metrics = {"step": 0}
+        if EVAL_EVERY:
+            with ready():
+                metrics |= evaluate(draw, tokenizer, rewards, heldout, **limits)
         report.write(OUTPUT_DIR, "metrics", [metrics] if rank == 0 else [])
     if REF_SYNC_EVERY:
         renew = partial(renew_reference, REF_SERVER, OUTPUT_DIR, whole, gathered)
@@ -280,15 +297,15 @@ def main():
         prompts = [train[epoch_order(n // len(train), len(train))[n % len(train)]] for n in numbers]
 
         # 2. A group of completions for each prompt.
-        with report.timed(seconds, "sample"), gathered():
-            completions = sample(
-                sampled, [prompt["ids"] for prompt in prompts], GROUP_SIZE, temperature=TEMPERATURE,
+        with report.timed(seconds, "sample"), ready():
+            completions = draw(
+                [prompt["ids"] for prompt in prompts], GROUP_SIZE, temperature=TEMPERATURE,
                 min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers], **limits)
         rows = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
         counts = reduce({"tokens": sum(len(c.tokens) for c in completions if c.ended or not MASK_TRUNCATED)})
         weights = token_weights([len(completion.tokens) for completion in completions], counts["tokens"])
         samples = [{"prompt": torch.tensor(row["ids"]), "completion": completion.tokens,
-                    "length": len(row["ids"]) + len(completion.tokens),
+                    "sampler_logps": completion.logps, "length": len(row["ids"]) + len(completion.tokens),
                     "weight": torch.full((len(completion.tokens),), weight * (completion.ended or not MASK_TRUNCATED))}
                    for row, completion, weight in zip(rows, completions, weights)]
 
@@ -327,8 +344,8 @@ def main():
                    **{f"seconds_{name}": seconds[name] for name in ("sample", "reward", "ref_wait", "train")}}
         stop_asked = metrics.pop("stop") > 0
         if EVAL_EVERY and (step % EVAL_EVERY == 0 or step == STEPS):
-            with gathered():
-                metrics |= evaluate(sampled, tokenizer, rewards, heldout, **limits)
+            with ready():
+                metrics |= evaluate(draw, tokenizer, rewards, heldout, **limits)
         if rank == 0:
             report.write(OUTPUT_DIR, "metrics", [metrics])
             report.write(OUTPUT_DIR, "completions", [

@@ -14,7 +14,7 @@ from math import inf, nan
 
 import torch
 
-OF_TOKENS = ("kl", "entropy", "clip_low_frac", "clip_high_frac", "clip_region_frac")
+OF_TOKENS = ("kl", "entropy", "clip_low_frac", "clip_high_frac", "clip_region_frac", "sampler_ratio")
 SUMS = ("loss", "completion_tokens_total", "advantage_zero_groups", "skipped_updates", "stop")
 PANELS = {
     "reward (mean of the step)": ["reward"],

@@ -43,7 +43,8 @@ def override_constants(constants: dict, arguments: list[str]) -> None:
 def check_constants(constants: dict, processes: int) -> None:
     """SystemExit at the first of grpo_train.py's constants that cannot be right, for so many processes."""
     allowed = {"LOSS_TYPE": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"), "IMPORTANCE": ("token", "sequence"),
-               "ADVANTAGE_SCALE": ("group", "batch", "none"), "ZERO_STAGE": (0, 1, 2, 3)}
+               "ADVANTAGE_SCALE": ("group", "batch", "none"), "ZERO_STAGE": (0, 1, 2, 3),
+               "SAMPLER": ("transformers", "vllm")}
     for name, values in allowed.items():
         if constants[name] not in values:
             raise SystemExit(f"{name}={constants[name]}: expected one of {', '.join(map(str, values))}")
@@ -51,6 +52,7 @@ def check_constants(constants: dict, processes: int) -> None:
         "PROMPTS_PER_STEP": lambda n: n % processes and f"cannot be shared equally by {processes} processes",
         "GROUP_SIZE": lambda n: n < 2 and "a group needs at least 2 completions to compare",
         "TEMPERATURE": lambda t: t <= 0 and "sampling needs a positive one",
+        "IS_CAP": lambda cap: cap <= 0 and "a weight is positive",
         "UPDATES_PER_BATCH": lambda n: n < 1 and "a batch is for one update at least",
         "REF_MIXUP_ALPHA": lambda alpha: not 0 < alpha <= 1 and "expected above 0, up to 1",
         "REF_SYNC_EVERY": lambda n: n and not constants["BETA"] and "with BETA=0 there is no reference",

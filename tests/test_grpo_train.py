@@ -83,8 +83,9 @@ def random_logps(seed, scale=0.5):
     return (-0.1 - scale * torch.rand(sum(LENS), generator=generator, dtype=torch.float64)).tolist()
 
 
-def by_the_papers(logps, frozen, old, ref, loss_type, importance, beta, entropy):
-    """The loss as the papers write it: sums over completions i and tokens t. `frozen` are logps as constants."""
+def by_the_papers(logps, frozen, old, sampler, ref, loss_type, importance, beta, entropy):
+    """The loss as the papers write it: sums over completions i and tokens t. `frozen` are logps as constants; `sampler`
+    are the log-probs that the tokens were drawn with, and the correction for them is cut off at 1.2."""
     total, k = 0.0, 0
     for length, advantage in zip(LENS, ADVANTAGES):
         tokens = range(k, k + length)
@@ -99,6 +100,7 @@ def by_the_papers(logps, frozen, old, ref, loss_type, importance, beta, entropy)
                 surrogate = min(max(constant, 0.8), 1.3) * advantage * logps[t]
             else:
                 surrogate = min(ratio * advantage, min(max(ratio, 0.8), 1.3) * advantage)
+            surrogate *= min(math.exp(old[t] - sampler[t]), 1.2)
             kl = math.exp(ref[t] - logps[t]) - (ref[t] - logps[t]) - 1
             objective += surrogate - beta * kl - entropy * frozen[t] * ratio
         if loss_type == "grpo":
@@ -110,17 +112,18 @@ def by_the_papers(logps, frozen, old, ref, loss_type, importance, beta, entropy)
     return total
 
 
-@pytest.mark.parametrize("beta, entropy", [(0.0, 0.0), (0.04, 0.0), (0.04, 0.1)])
+@pytest.mark.parametrize("beta, entropy, other_sampler", [(0.0, 0.0, False), (0.04, 0.0, True), (0.04, 0.1, False)])
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo"])
-def test_every_variant_is_the_one_of_its_paper(monkeypatch, loss_type, importance, beta, entropy):
+def test_every_variant_is_the_one_of_its_paper(monkeypatch, loss_type, importance, beta, entropy, other_sampler):
     constants = {
         "LOSS_TYPE": loss_type, "IMPORTANCE": importance, "BETA": beta, "ENTROPY_BONUS": entropy, "CLIP_LOW": 0.2,
-        "CLIP_HIGH": 0.3, "MAX_COMPLETION_TOKENS": LIMIT, "PROMPTS_PER_STEP": 2, "GROUP_SIZE": 4,
+        "CLIP_HIGH": 0.3, "MAX_COMPLETION_TOKENS": LIMIT, "PROMPTS_PER_STEP": 2, "GROUP_SIZE": 4, "IS_CAP": 1.2,
     }
     for name, value in constants.items():
         monkeypatch.setattr(grpo_train, name, value)
     logps, old, ref = random_logps(7, 1.0), random_logps(2, 1.0), random_logps(3)
+    sampler = random_logps(4, 1.0) if other_sampler else old
     lens = torch.tensor(LENS)
     weights = torch.tensor(grpo_train.token_weights(LENS, STEP_TOKENS), dtype=torch.float64)
     batch = {
@@ -129,11 +132,11 @@ def test_every_variant_is_the_one_of_its_paper(monkeypatch, loss_type, importanc
         "weight": weights.repeat_interleave(lens),
         "old_logps": torch.tensor(old, dtype=torch.float64),
         "ref_logps": torch.tensor(ref, dtype=torch.float64),
-    }
+    } | ({"sampler_logps": torch.tensor(sampler, dtype=torch.float64)} if other_sampler else {})
     leaf = torch.tensor(logps, dtype=torch.float64, requires_grad=True)
     loss, kept, sums = GRPO_step(lambda *rows: leaf, batch)
     loss.backward()
-    arguments = (logps, old, ref, loss_type, importance, beta, entropy)
+    arguments = (logps, old, sampler, ref, loss_type, importance, beta, entropy)
     assert loss.item() == pytest.approx(by_the_papers(logps, *arguments), rel=1e-12)
     assert kept.tolist() == logps and not kept.requires_grad
 
@@ -150,6 +153,7 @@ def test_every_variant_is_the_one_of_its_paper(monkeypatch, loss_type, importanc
     advantages = [advantage for advantage, length in zip(ADVANTAGES, LENS) for _ in range(length)]
     low = sum(r < 0.8 and a < 0 for r, a in zip(ratios, advantages))
     high = sum(r > 1.3 and a > 0 for r, a in zip(ratios, advantages))
+    assert sums["sampler_ratio"] == pytest.approx(sum(math.exp(p - q) for p, q in zip(old, sampler)), rel=1e-12)
     clipped = sums["clip_low_frac"], sums["clip_high_frac"], sums["clip_region_frac"]
     assert clipped == (low, high, low + high) and (importance == "sequence" or low and high)
 

@@ -1,0 +1,81 @@
+"""SAMPLER="vllm", real vLLM: tokens and log-probs are those of transformers, before and after an update; it learns."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import processes
+from ref_server import token_logps
+from sampler import load_model, load_prompts, pack, sample, stop_ids
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm", exc_type=ImportError)
+
+
+@pytest.fixture(scope="module")
+def policy(embedded):
+    model, tokenizer = load_model(str(embedded / "model"))
+    prompts = [row["ids"] for row in load_prompts(str(embedded / "heldout.jsonl"), tokenizer, "Think.", 128)[:16]]
+    return model, prompts, stop_ids(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def engine(embedded):
+    from vllm_sampler import Engine
+
+    processes.start()
+    return Engine(str(embedded / "model"), 128 + 64, 0.4)
+
+
+def update(model):
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    ids = torch.randint(model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_tokens_and_log_probs_before_and_after_an_update(policy, engine):
+    model, prompts, stop = policy
+    options = {"max_tokens": 40, "stop": stop}
+    greedy = []
+    for _ in range(2):
+        expected = sample(model, prompts, 1, temperature=0, **options)
+        with engine.ready(model, nullcontext):
+            found = engine.sample(prompts, 1, temperature=0, **options)
+            drawn = engine.sample(prompts, 3, temperature=0.7, seeds=list(range(16)), **options)
+        assert [c.tokens.tolist() for c in found] == [c.tokens.tolist() for c in expected]
+        assert [c.ended for c in found] == [c.ended for c in expected]
+        rows = [{"prompt": torch.tensor(prompts[i // 3]), "completion": c.tokens} for i, c in enumerate(drawn)]
+        with torch.no_grad():
+            logps = token_logps(model, *pack(rows), temperature=0.7)
+        assert (torch.cat([c.logps for c in drawn]) - logps).abs().max() < 1e-4
+        greedy.append([c.tokens.tolist() for c in found])
+        update(model)
+    assert greedy[0] != greedy[1]  # else the update was too small to tell old weights from new ones
+
+
+def test_a_prompt_has_the_same_completions_in_any_batch(policy, engine):
+    model, prompts, stop = policy
+    options = {"max_tokens": 24, "min_tokens": 8, "stop": stop, "temperature": 2.0}
+    with engine.ready(model, nullcontext):
+        together = engine.sample(prompts[:4], 4, seeds=[5, 6, 7, 8], **options)
+        alone = engine.sample(prompts[2:3], 4, seeds=[7], **options)
+    texts = [tuple(completion.tokens.tolist()) for completion in together]
+    assert [tuple(completion.tokens.tolist()) for completion in alone] == texts[8:12]
+    assert len(set(texts)) == 16 and min(map(len, texts)) >= 8
+    assert all(completion.ended == (completion.tokens[-1].item() in stop) for completion in together)
+
+
+def test_a_run_learns(embedded, tmp_path, launch):
+    trainer = launch(
+        "grpo_train.py", "SAMPLER=vllm", "BETA=0", "STEPS=16", "EVAL_EVERY=8", "SAVE_EVERY=16",
+        f"OUTPUT_DIR={tmp_path}/run", f"MODEL={embedded}/model", f"DATASET={embedded}/train.jsonl",
+        f"EVAL_DATASET={embedded}/heldout.jsonl")
+    code, said = trainer.wait(500)
+    assert code == 0, said
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["eval_accuracy"] < 0.3 and rows[-1]["eval_accuracy"] > 0.8
+    assert all(0 < abs(row["sampler_ratio"] - 1) < 1e-3 for row in rows[1:])
+    assert (tmp_path / "run/step_16/model.safetensors").exists()
