@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-MAY_CHANGE = "OUTPUT_DIR RESUME STEPS SAVE_EVERY EVAL_EVERY KEEP_CHECKPOINTS REF_SERVER DS_CONFIG".split()
+MAY_CHANGE = "OUTPUT_DIR RESUME STEPS SAVE_EVERY EVAL_EVERY KEEP_CHECKPOINTS REF_SERVER TRACKERS DS_CONFIG".split()
 
 
 def complete(folder: str) -> list[int]:

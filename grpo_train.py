@@ -84,6 +84,7 @@ LORA_RANK = 0  # of the adapters that are trained instead of the weights; 0 trai
 EVAL_EVERY = 10  # steps, and at the start and the end; 0 turns it off
 SAVE_EVERY = 30  # steps, and at the end; 0 turns it off
 KEEP_CHECKPOINTS = 2  # the newest; 0 keeps all of them
+TRACKERS = []  # any of tensorboard, wandb, csv_monitor: what metrics.jsonl holds, also there
 RESUME = True  # the same command continues an interrupted run; False refuses a folder that holds one
 
 if __name__ == "__main__":
@@ -97,6 +98,9 @@ DS_CONFIG = {
     "bf16": {"enabled": torch.accelerator.is_available()},
     "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": (0.9, 0.999), "weight_decay": 0, "torch_adam": True,
                                                "fused": True}},
+    "tensorboard": {"enabled": "tensorboard" in TRACKERS, "output_path": OUTPUT_DIR, "job_name": "tensorboard"},
+    "wandb": {"enabled": "wandb" in TRACKERS, "project": "grpo", "group": OUTPUT_DIR},
+    "csv_monitor": {"enabled": "csv_monitor" in TRACKERS, "output_path": OUTPUT_DIR, "job_name": "csv"},
 }
 
 
@@ -274,6 +278,7 @@ def main():
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = deepspeed.initialize(model=Policy(model).train(), config=DS_CONFIG)[0]
     engine.basic_optimizer.register_step_pre_hook(drop_bad_gradients)
+    engine.monitor.enabled = False  # for DeepSpeed's own events, which count something else than steps
     background, reference, skipped = ThreadPoolExecutor(8), None, 0
     if last:
         checkpoint.load(engine, OUTPUT_DIR, last)
@@ -282,7 +287,8 @@ def main():
         if EVAL_EVERY:
             with ready():
                 metrics |= evaluate(draw, tokenizer, rewards, heldout, **limits)
-        report.write(OUTPUT_DIR, "metrics", [metrics] if rank == 0 else [])
+        if rank == 0:
+            report.log(OUTPUT_DIR, metrics, engine.monitor)
     if REF_SYNC_EVERY:
         renew = partial(renew_reference, REF_SERVER, OUTPUT_DIR, whole, gathered)
         reference = renew(f"{run}-{last}", alpha=0 if last else 1, patience=25)
@@ -347,7 +353,7 @@ def main():
             with ready():
                 metrics |= evaluate(draw, tokenizer, rewards, heldout, **limits)
         if rank == 0:
-            report.write(OUTPUT_DIR, "metrics", [metrics])
+            report.log(OUTPUT_DIR, metrics, engine.monitor)
             report.write(OUTPUT_DIR, "completions", [
                 {"step": step, "prompt": row["text"], "completion": text, "advantage": s["advantage"].mean().item(),
                  **{function.__name__: value for function, value in zip(rewards, column.tolist())}}

@@ -66,6 +66,12 @@ def write(folder: str, name: str, rows: list[dict]) -> None:
             file.write(json.dumps(numbers) + "\n")
 
 
+def log(folder: str, metrics: dict, trackers) -> None:
+    """A row of metrics.jsonl, and the same for the trackers."""
+    write(folder, "metrics", [metrics])
+    trackers.write_events([(name, value, metrics["step"]) for name, value in metrics.items() if name != "step"])
+
+
 def one_line(metrics: dict) -> str:
     skipped = ", UPDATE SKIPPED: not finite" if metrics["skipped_updates"] else ""
     return (f"reward {metrics['reward']:.2f}, accuracy {metrics['accuracy']:.0%}, "

@@ -48,12 +48,14 @@ def check_constants(constants: dict, processes: int) -> None:
     for name, values in allowed.items():
         if constants[name] not in values:
             raise SystemExit(f"{name}={constants[name]}: expected one of {', '.join(map(str, values))}")
+    trackers = {"tensorboard", "wandb", "csv_monitor"}
     wrong = {
         "PROMPTS_PER_STEP": lambda n: n % processes and f"cannot be shared equally by {processes} processes",
         "GROUP_SIZE": lambda n: n < 2 and "a group needs at least 2 completions to compare",
         "TEMPERATURE": lambda t: t <= 0 and "sampling needs a positive one",
         "IS_CAP": lambda cap: cap <= 0 and "a weight is positive",
         "UPDATES_PER_BATCH": lambda n: n < 1 and "a batch is for one update at least",
+        "TRACKERS": lambda names: {*names} - trackers and f"expected some of {', '.join(sorted(trackers))}",
         "REF_MIXUP_ALPHA": lambda alpha: not 0 < alpha <= 1 and "expected above 0, up to 1",
         "REF_SYNC_EVERY": lambda n: n and not constants["BETA"] and "with BETA=0 there is no reference",
     }

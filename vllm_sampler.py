@@ -31,14 +31,13 @@ class Engine:
         except ImportError as error:
             raise SystemExit(f"SAMPLER=vllm: {error} (pip install -r requirements-vllm.txt)") from error
         self.on_gpu = torch.cuda.is_available()
-        of_device = {"dtype": "bfloat16", "gpu_memory_utilization": memory, "enable_sleep_mode": True}
+        device = {"dtype": "bfloat16", "gpu_memory_utilization": memory, "enable_sleep_mode": True}
         if not self.on_gpu:
             # There a tied LM head is packed once and for all, and half a prompt cannot be taken back from a seed.
-            of_device = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False,
-                         "max_num_batched_tokens": max(8192, max_length),
-                         "hf_overrides": {"tie_word_embeddings": False}}
+            device = {"dtype": "float32", "enforce_eager": True, "hf_overrides": {"tie_word_embeddings": False},
+                      "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_length)}
         self.llm = LLM(path, load_format="dummy", max_model_len=max_length, disable_log_stats=True,
-                       distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs", **of_device)
+                       distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs", **device)
         self.sleep()
 
     def sleep(self) -> None:
