@@ -5,9 +5,10 @@
 
 Training takes 16 bytes a parameter: 2 for the weight and 2 for its gradient in bfloat16, 12 for AdamW's states in
 float32; stage 1 splits the states over the GPUs, 2 the gradients too, 3 the weights too (ZeRO, arXiv 1910.02054,
-section 5), but sampling needs the weights whole. A token in the cache takes 2 x layers x key-value heads x head size x 2
-bytes, for `rows` completions on each GPU, of `tokens` with their prompt. Activations, with gradient checkpointing, are
-each layer's input for 16,384 tokens, and all of one layer. Nothing here is measured; libraries and fragments come on top.
+section 5), but sampling needs the weights whole. A token in the cache takes 2 x layers x key-value heads x head size x
+2 bytes, for `rows` completions on each GPU, of `tokens` with their prompt. Activations, with gradient checkpointing,
+are each layer's input for 16,384 tokens, and all of one layer. Nothing here is measured; libraries and fragments come
+on top.
 """
 import sys
 

@@ -68,7 +68,15 @@ def test_a_prompt_has_the_same_completions_in_any_batch(policy, engine):
     assert all(completion.ended == (completion.tokens[-1].item() in stop) for completion in together)
 
 
-def test_a_run_learns(embedded, tmp_path, launch):
+OPEN = """
+import sys, vllm
+llm = vllm.LLM(sys.argv[1], enforce_eager=True, dtype="float32", max_model_len=192)
+prompts = [{"prompt_token_ids": ids} for ids in eval(sys.argv[2])]
+print([list(a.outputs[0].token_ids) for a in llm.generate(prompts, vllm.SamplingParams(temperature=0, max_tokens=40))])
+"""
+
+
+def test_a_run_learns_and_its_checkpoint_opens_in_vllm(embedded, policy, tmp_path, launch):
     trainer = launch(
         "grpo_train.py", "SAMPLER=vllm", "BETA=0", "STEPS=16", "EVAL_EVERY=8", "SAVE_EVERY=16",
         f"OUTPUT_DIR={tmp_path}/run", f"MODEL={embedded}/model", f"DATASET={embedded}/train.jsonl",
@@ -78,4 +86,11 @@ def test_a_run_learns(embedded, tmp_path, launch):
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["eval_accuracy"] < 0.3 and rows[-1]["eval_accuracy"] > 0.8
     assert all(0 < abs(row["sampler_ratio"] - 1) < 1e-3 for row in rows[1:])
-    assert (tmp_path / "run/step_16/model.safetensors").exists()
+
+    _, prompts, stop = policy
+    model, _ = load_model(str(tmp_path / "run/step_16"))
+    expected = [c.tokens.tolist() for c in sample(model, prompts, 1, temperature=0, max_tokens=40, stop=stop)]
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    reader = launch("-c", OPEN, str(tmp_path / "run/step_16"), str(prompts), env=environment)
+    code, said = reader.wait(300)
+    assert code == 0 and str(expected) in said, said
