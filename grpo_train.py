@@ -37,8 +37,9 @@ from sampler import (
 
 # Model and data
 MODEL = "examples/arithmetic/model"  # local folder or hub name
-DATASET = "examples/arithmetic/train.jsonl"  # .jsonl with `question` or `prompt`, or hub name[:config[:split]]
+DATASET = "examples/arithmetic/train.jsonl"  # .jsonl, .parquet, or hub name[:config[:split]]
 EVAL_DATASET = "examples/arithmetic/heldout.jsonl"  # never trained on
+QUESTION_COLUMN = "question"  # holds the problem, in both data sets; MATH has it in "problem"
 SYSTEM_PROMPT = "First reason between <think> and </think>, then give the answer between <answer> and </answer>."
 REWARDS = [reward_correct, reward_format]  # or (function, weight); added up; the first, above 0, counts as accuracy
 REF_SERVER = "http://127.0.0.1:59875"  # several, separated by commas, share the work
@@ -84,7 +85,7 @@ LORA_RANK = 0  # of the adapters that are trained instead of the weights; 0 trai
 EVAL_EVERY = 10  # steps, and at the start and the end; 0 turns it off
 SAVE_EVERY = 30  # steps, and at the end; 0 turns it off
 KEEP_CHECKPOINTS = 2  # the newest; 0 keeps all of them
-TRACKERS = []  # any of tensorboard, wandb, csv_monitor: what metrics.jsonl holds, also there
+TRACKERS = []  # any of tensorboard, wandb, csv: what metrics.jsonl holds, also there
 RESUME = True  # the same command continues an interrupted run; False refuses a folder that holds one
 
 if __name__ == "__main__":
@@ -100,7 +101,7 @@ DS_CONFIG = {
                                                "fused": True}},
     "tensorboard": {"enabled": "tensorboard" in TRACKERS, "output_path": OUTPUT_DIR, "job_name": "tensorboard"},
     "wandb": {"enabled": "wandb" in TRACKERS, "project": "grpo", "group": OUTPUT_DIR},
-    "csv_monitor": {"enabled": "csv_monitor" in TRACKERS, "output_path": OUTPUT_DIR, "job_name": "csv"},
+    "csv_monitor": {"enabled": "csv" in TRACKERS, "output_path": OUTPUT_DIR, "job_name": "csv"},
 }
 
 
@@ -257,7 +258,7 @@ def main():
     checkpoint.see(OUTPUT_DIR)
     model, tokenizer = load_model(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS)
     rewards, limits = load_rewards(REWARDS), {"max_tokens": MAX_COMPLETION_TOKENS, "stop": stop_ids(model, tokenizer)}
-    train, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS) if name else []
+    train, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN) if name else []
                       for name in (DATASET, EVAL_DATASET if EVAL_EVERY else ""))
     for rows in filter(None, (train, heldout)):
         check_rewards(rewards, columns(rows))

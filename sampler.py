@@ -19,6 +19,8 @@ from transformers.cache_utils import DynamicLayer
 from layers import RoomyLayer, pack_attention
 
 MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the other
+CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}"
+                 "{% if add_generation_prompt %}Assistant:{% endif %}")  # for base models that have none
 
 
 # ------------------------------------------------------------------------------------------------- model and prompts
@@ -48,14 +50,13 @@ def check_constants(constants: dict, processes: int) -> None:
     for name, values in allowed.items():
         if constants[name] not in values:
             raise SystemExit(f"{name}={constants[name]}: expected one of {', '.join(map(str, values))}")
-    trackers = {"tensorboard", "wandb", "csv_monitor"}
     wrong = {
         "PROMPTS_PER_STEP": lambda n: n % processes and f"cannot be shared equally by {processes} processes",
         "GROUP_SIZE": lambda n: n < 2 and "a group needs at least 2 completions to compare",
         "TEMPERATURE": lambda t: t <= 0 and "sampling needs a positive one",
         "IS_CAP": lambda cap: cap <= 0 and "a weight is positive",
         "UPDATES_PER_BATCH": lambda n: n < 1 and "a batch is for one update at least",
-        "TRACKERS": lambda names: {*names} - trackers and f"expected some of {', '.join(sorted(trackers))}",
+        "TRACKERS": lambda names: {*names} - {"csv", "tensorboard", "wandb"} and "expected some of csv, tensorboard, wandb",
         "REF_MIXUP_ALPHA": lambda alpha: not 0 < alpha <= 1 and "expected above 0, up to 1",
         "REF_SYNC_EVERY": lambda n: n and not constants["BETA"] and "with BETA=0 there is no reference",
     }
@@ -75,6 +76,7 @@ def load_model(path: str, tokens: int = 0):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
         pack_attention(model)
         tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SystemExit(f"cannot load MODEL={path}: {reason} (the embedded model: python examples/arithmetic.py)")
@@ -104,33 +106,32 @@ def tokens_until(tokenizer, tokens, characters: int) -> int:
     return bisect_left(range(len(tokens)), characters, key=lambda count: len(tokenizer.decode(tokens[:count])))
 
 
-def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int) -> list[dict]:
-    """The rows of a .jsonl file or a hub data set (`name[:config[:split]]`) as `text`, `ids` and the other `columns`.
+def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, question: str = "question") -> list[dict]:
+    """The rows of a .jsonl or .parquet file or a hub data set (`name[:config[:split]]`): `text`, `ids`, `columns`.
 
-    A row has `question`, put behind the system prompt in the chat template, or `prompt`: a string, used as it is, or
-    chat messages. Prompts over `max_tokens` are left out and counted. SystemExit says what is wrong with the data.
+    A row has the column `question`, put behind the system prompt in the chat template, or `prompt`: a string, used as
+    it is, or chat messages. Prompts over `max_tokens` are left out and counted. SystemExit says what is wrong.
     """
     try:
         rows = read_jsonl(name) if name.endswith(".jsonl") else read_hub(*name.split(":", 2))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"cannot read the data set {name}: {error}")
+    except Exception as error:  # `datasets` has its own for broken files, and only their cause says something
+        raise SystemExit(f"cannot read the data set {name}: {error} {error.__cause__ or ''}".strip())
     prompts, names = [], list(rows[0]) if rows else []
-    if "question" not in names and "prompt" not in names:
-        raise SystemExit(f"the data set {name} needs a column question or prompt; its {len(rows)} rows have {names}")
+    if question not in names and "prompt" not in names:
+        raise SystemExit(f"{name} needs a column {question} (QUESTION_COLUMN) or prompt: {len(rows)} rows with {names}")
     for number, row in enumerate(rows, start=1):
         if row.keys() != set(names):
             raise SystemExit(f"row {number} of the data set {name} has the columns {list(row)}, the first has {names}")
         text = row.pop("prompt", None) or [{"role": "system", "content": system_prompt},
-                                           {"role": "user", "content": row["question"]}]
+                                           {"role": "user", "content": row[question]}]
         if not isinstance(text, str):
             text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-        row.pop("question", None)
+        row.pop(question, None)
         prompts.append({"text": text, "ids": tokenizer(text, add_special_tokens=False).input_ids, "columns": row})
     short = [prompt for prompt in prompts if 0 < len(prompt["ids"]) <= max_tokens]
     if not short:
         raise SystemExit(f"every prompt of {name} has more than MAX_PROMPT_TOKENS={max_tokens} tokens")
-    if len(short) < len(prompts):
-        left_out = len(prompts) - len(short)
+    if left_out := len(prompts) - len(short):
         print(f"{name}: left out {left_out} of {len(prompts)} prompts, over MAX_PROMPT_TOKENS={max_tokens}", flush=True)
     return short
 
@@ -149,7 +150,8 @@ def read_jsonl(path: str) -> list[dict]:
 def read_hub(path: str, config: str = "", split: str = "") -> list[dict]:
     from datasets import load_dataset  # here, because it takes half a second, and local files need none of it
 
-    return load_dataset(path, config or None, split=split or "train").to_list()
+    source = {"path": "parquet", "data_files": path} if path.endswith(".parquet") else {"path": path}
+    return load_dataset(**source, name=config or None, split=split or "train").to_list()
 
 
 # ------------------------------------------------------------------------------------------------- completions

@@ -53,10 +53,10 @@ FAMILIES = {
 UNPACKED = ("Lfm2",)
 
 
-def make_model(family):
+def make_model(family, **changes):
     torch.manual_seed(0)
     name = {"Gemma3": "Gemma3Text"}.get(family, family)
-    config = getattr(transformers, f"{name}Config")(**SHAPE, **FAMILIES[family])
+    config = getattr(transformers, f"{name}Config")(**SHAPE | FAMILIES[family] | changes)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

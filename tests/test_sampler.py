@@ -2,12 +2,16 @@
 
 import copy
 import json
+import random
 
+import arithmetic
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
 from ref_server import token_logps
 from sampler import draw, load_model, load_prompts, override_constants, sample, stop_ids
+from test_ref_server import make_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18, 19]]
 
@@ -123,10 +127,10 @@ def test_prompts_come_from_questions_strings_and_messages(tiny, tmp_path):
 @pytest.mark.parametrize(
     "text, sentence",
     [
-        ("", "needs a column question or prompt; its 0 rows"),
+        ("", r"needs a column question \(QUESTION_COLUMN\) or prompt: 0 rows"),
         ('{"question": "a"}\n{"question": ', "line 2 is not a JSON object"),
         ('{"question": "a"}\n[1, 2]', "line 2 is not a JSON object"),
-        ('{"problem": "a"}', "needs a column question or prompt; its 1 rows have ['problem']"),
+        ('{"problem": "a"}', r"column question \(QUESTION_COLUMN\) or prompt: 1 rows with ['problem']"),
         ('{"question": "a", "answer": "1"}\n{"question": "b"}', "row 2 .* has the columns"),
         ('{"prompt": "What is 1 + 1 + 1 + 1 + 1 + 1 + 1?"}', "MAX_PROMPT_TOKENS=9"),
     ],
@@ -196,3 +200,86 @@ def test_more_tokens_than_the_cache_has_room_for(tiny):
         lens = torch.tensor([len(row) - 150]), torch.tensor([150])
         logps = token_logps(plain_model, torch.tensor(row), *lens)
         torch.testing.assert_close(completion.logps, logps, atol=1e-4, rtol=0)
+
+
+def make_family_tokenizer(family):
+    """Of the class that the family's models come with; Llama's and Gemma's with a token for each letter, and no chat
+    template, as base models have none."""
+    if family.startswith("Qwen"):
+        return arithmetic.make_tokenizer(arithmetic.make_problems(50, random.Random(0)))
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"] if family == "Gemma3" else ["<unk>", "<s>", "</s>"]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127))]
+    kind = GemmaTokenizer if family == "Gemma3" else LlamaTokenizer
+    return kind(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
+
+
+def save_family(family, folder, stop=()):
+    """A small random model of the family, with its tokenizer, as one has it after a download; with more `stop` ids."""
+    tokenizer = make_family_tokenizer(family)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = make_model(family, vocab_size=len(tokenizer), **ids)
+    model.generation_config.update(**ids | {"eos_token_id": [tokenizer.eos_token_id, *stop]})
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Gemma3", "Mistral", "Phi3"])
+def test_families_of_models_are_sampled_as_transformers_does(family, tmp_path):
+    stop = list(range(5, 320, 8))
+    before = save_family(family, tmp_path, stop)
+    model, tokenizer = load_model(str(tmp_path), 120)
+    assert model.config._attn_implementation == "packed"
+    text = "Say <think> 12,345 + h\u00e9llo\n\n(x - 1)  ok"
+    assert tokenizer(text).input_ids == before(text).input_ids
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, attn_implementation="eager")
+    prompts = [*PROMPTS, list(range(30, 70))]  # one is longer than any sliding window
+    completions = sample(model, prompts, 1, max_tokens=24, stop=stop_ids(model, tokenizer), temperature=0)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        row = plain.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0]
+        assert completion.tokens.tolist() == row[len(prompt) :].tolist()
+        logps = plain(row[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, row[len(prompt) :, None])
+        lens = torch.tensor([len(prompt)]), torch.tensor([len(completion.tokens)])
+        for ours in completion.logps, token_logps(model, row, *lens):
+            assert (ours - logps[:, 0]).abs().max() < 2e-5
+    assert any(completion.tokens[-1] in stop for completion in completions)
+
+
+def test_each_of_several_stop_tokens_ends_a_completion(tiny, tmp_path):
+    model, tokenizer = tiny
+    free = [c.tokens.tolist() for c in sample(model, PROMPTS, 1, max_tokens=12, stop=[-1], temperature=0)]
+    first, second = free[0][2], next(token for token in free[1] if token not in free[0][:3])
+    model = copy.deepcopy(model)
+    model.generation_config.eos_token_id = [first, second]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = load_model(str(tmp_path))
+    stop = stop_ids(model, tokenizer)
+    completions = sample(model, PROMPTS, 1, max_tokens=12, stop=stop, temperature=0)
+    for completion, tokens in zip(completions, free):
+        ends = [i for i, token in enumerate(tokens) if token in (first, second, tokenizer.eos_token_id)]
+        assert completion.tokens.tolist() == tokens[: ends[0] + 1 if ends else 12] and completion.ended == bool(ends)
+    assert completions[0].tokens[-1] == first != second == completions[1].tokens[-1]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3"])
+def test_a_base_model_gets_a_chat_template_that_is_saved(family, tmp_path):
+    before = save_family(family, tmp_path)
+    assert before.chat_template is None
+    tokenizer = load_model(str(tmp_path))[1]
+    data = write(tmp_path / "q.jsonl", '{"question": "1 + 1?"}')
+    [row] = load_prompts(data, tokenizer, "Think.", 99)
+    assert row["text"] == f"{before.bos_token}System: Think.\n\nUser: 1 + 1?\n\nAssistant:"
+    assert row["ids"][0] == before.bos_token_id and before.bos_token_id not in row["ids"][1:]
+    assert tokenizer.decode(row["ids"][1:]).strip() == "System: Think.\n\nUser: 1 + 1?\n\nAssistant:"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1?"}]
+    assert saved.apply_chat_template(messages, add_generation_prompt=True).input_ids == row["ids"]
+    assert "Assistant" not in saved.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_models_own_chat_template_stays(tiny):
+    assert tiny[1].chat_template == arithmetic.CHAT_TEMPLATE

@@ -16,7 +16,7 @@ def run(few, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tracked")
     words = ["STEPS=3", "EVAL_EVERY=2", "SAVE_EVERY=0", "BETA=0", "PROMPTS_PER_STEP=2", "GROUP_SIZE=4",
-             "TRACKERS=tensorboard,wandb,csv_monitor", f"OUTPUT_DIR={folder}/run"]
+             "TRACKERS=tensorboard,wandb,csv", f"OUTPUT_DIR={folder}/run"]
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
     done = subprocess.run([sys.executable, "grpo_train.py", *few, *words], cwd=ROOT, env=environment, timeout=240,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -75,4 +75,4 @@ def test_wandb(run):
 
 def test_an_unknown_tracker_is_refused(launch, few, tmp_path):
     code, said = launch("grpo_train.py", *few, "TRACKERS=mlflow", f"OUTPUT_DIR={tmp_path}/run").wait()
-    assert code != 0 and "TRACKERS=['mlflow']: expected some of csv_monitor, tensorboard, wandb" in said
+    assert code != 0 and "TRACKERS=['mlflow']: expected some of csv, tensorboard, wandb" in said
