@@ -56,7 +56,7 @@ def check_constants(constants: dict, processes: int) -> None:
         "TEMPERATURE": lambda t: t <= 0 and "sampling needs a positive one",
         "IS_CAP": lambda cap: cap <= 0 and "a weight is positive",
         "UPDATES_PER_BATCH": lambda n: n < 1 and "a batch is for one update at least",
-        "TRACKERS": lambda names: {*names} - {"csv", "tensorboard", "wandb"} and "expected some of csv, tensorboard, wandb",
+        "TRACKERS": lambda names: {*names} - {"csv", "tensorboard", "wandb"} and "expected csv, tensorboard, wandb",
         "REF_MIXUP_ALPHA": lambda alpha: not 0 < alpha <= 1 and "expected above 0, up to 1",
         "REF_SYNC_EVERY": lambda n: n and not constants["BETA"] and "with BETA=0 there is no reference",
     }
