@@ -163,8 +163,8 @@ def set_advantages(samples: list[dict], outcomes: torch.Tensor, steps: list, wei
             sample_["advantage"][: tokens_until(tokenizer, sample_["completion"], end)] += weight * advantage
 
 
-def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-    """The loss of a micro-batch, its log-probs (C,), and sums over its C completion tokens to log.
+def GRPO_step(logps: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss of a micro-batch from the policy's log-probs (C,) of its completion tokens, and sums over these to log.
 
     batch: rows (see `pack`), advantage (C,), weight (C,) (see `token_weights`), ref_logps (C,) if BETA, and old_logps
     (C,) of the policy that sampled, if it is no longer this one.
@@ -176,7 +176,6 @@ def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str
     cispo: surrogate = clip(ratio) * A * logps, the ratio as a constant (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
     ENTROPY_BONUS adds -logps * ratio, these logps as a constant: in expectation its gradient is the entropy's.
     """
-    logps = policy(*batch["rows"])  # (C,)
     advantage, weight, lens = batch["advantage"], batch["weight"], batch["rows"][2]
     old_logps = batch.get("old_logps", logps.detach())
     log_ratio = logps - old_logps
@@ -198,7 +197,7 @@ def GRPO_step(policy, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str
     sums = {"loss": loss, "count tokens": real.sum(), "kl": kl[real].sum(), "entropy": -logps[real].sum(),
             "clip_low_frac": low.sum(), "clip_high_frac": high.sum(), "clip_region_frac": (low | high).sum(),
             "sampler_ratio": sampler_ratio[real].double().sum()}
-    return loss, logps.detach(), {name: value.item() for name, value in sums.items()}
+    return loss, {name: value.item() for name, value in sums.items()}
 
 
 # ------------------------------------------------------------------------------------------------- around the loop
@@ -229,9 +228,9 @@ def add_gradients(engine, batches: list[dict], seconds: Counter) -> Counter:
             with report.timed(seconds, "ref_wait"):  # the server was at work during the forward pass
                 batch["ref_logps"] = torch.cat(batch["answer"].result()).to(engine.device)
         with report.timed(seconds, "train"):
-            loss, logps, batch_sums = GRPO_step(lambda *_: logps, batch)
+            loss, batch_sums = GRPO_step(logps, batch)
             engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over processes, the loss is a sum
-        batch.setdefault("old_logps", logps)
+        batch.setdefault("old_logps", logps.detach())
         sums.update(batch_sums)
     return sums
 
