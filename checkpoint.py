@@ -2,9 +2,11 @@
 
     OUTPUT_DIR/run.json      the constants that it was started with
     OUTPUT_DIR/step_N/       model and tokenizer for `from_pretrained`, LoRA's adapters merged, and alone in adapter/;
+                             a model card in README.md, with reward.png;
                              in state/ what DeepSpeed continues from, and the reference if it does not stay the same
 
-A checkpoint gets its name when it is complete and loses it before it is deleted, so what is called step_N is whole.
+A checkpoint gets its name when it is complete and loses it before it is deleted, so what is called step_N is whole; the
+model card comes after that, since it takes half a second and nothing depends on it.
 Everything random in a step follows from SEED and the step's number: there is no other state.
 """
 import copy
@@ -15,7 +17,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-MAY_CHANGE = "OUTPUT_DIR RESUME STEPS SAVE_EVERY EVAL_EVERY KEEP_CHECKPOINTS REF_SERVER TRACKERS DS_CONFIG".split()
+import report
+
+MAY_CHANGE = ("OUTPUT_DIR RESUME STEPS SAVE_EVERY EVAL_EVERY EVAL_ONLY EVAL_SAMPLES KEEP_CHECKPOINTS REF_SERVER "
+              "TRACKERS DS_CONFIG").split()
 
 
 def complete(folder: str) -> list[int]:
@@ -99,6 +104,11 @@ def save(engine, model, gathered, tokenizer, folder: str, step: int, keep: int, 
     except (OSError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"cannot save {final}: {error}; complete checkpoints: {complete(folder)}. "
                          "Make room and start the same command again") from error
+    if rank == 0:
+        try:
+            report.card(Path(folder), final)
+        except Exception as error:  # whatever it is, the weights are worth more
+            print(f"{final.name}: the model card is not whole: {error!r}", flush=True)
 
 
 def write(unfinished: Path, model, tokenizer) -> None:

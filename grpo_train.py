@@ -4,6 +4,7 @@
     deepspeed grpo_train.py                                     # all GPUs, or one CPU process
     deepspeed --num_accelerators 2 grpo_train.py LR=2e-6        # two processes; any constant below as NAME=value
     python grpo_train.py                                        # one process, for a debugger
+    deepspeed grpo_train.py EVAL_ONLY=True MODEL=one,other      # no training: what models are worth, side by side
 
 One step samples a group of completions for each prompt, rewards them, turns each group's rewards into advantages and
 takes AdamW steps, usually one, on the clipped objective with a KL penalty towards the reference model. There is no
@@ -26,14 +27,13 @@ from tqdm import tqdm
 import checkpoint
 import processes
 import report
-from evaluation import columns, evaluate, score
+from constants import check_constants, override_constants
+from evaluation import columns, compare, evaluate, score
 from processes import reduce
 from ref_client import check_servers, renew_reference, request_logps
 from ref_server import token_logps
 from rewards import check_rewards, load_rewards, reward_correct, reward_format
-from sampler import (
-    add_adapters, check_constants, load_model, load_prompts, micro_batches, override_constants, pack, sample, stop_ids,
-    tokens_until)
+from sampler import add_adapters, load_model, load_prompts, micro_batches, pack, sample, stop_ids, tokens_until
 
 # Model and data
 MODEL = "examples/arithmetic/model"  # local folder or hub name
@@ -84,6 +84,8 @@ LORA_RANK = 0  # of the adapters that are trained instead of the weights; 0 trai
 # Logging
 EVAL_EVERY = 10  # steps, and at the start and the end; 0 turns it off
 SAVE_EVERY = 30  # steps, and at the end; 0 turns it off
+EVAL_ONLY = False  # no training: a table about MODEL on EVAL_DATASET, or about two, MODEL=one,other
+EVAL_SAMPLES = 8  # completions of each problem, for EVAL_ONLY: avg@k, pass@k
 KEEP_CHECKPOINTS = 2  # the newest; 0 keeps all of them
 TRACKERS = []  # any of tensorboard, wandb, csv: what metrics.jsonl holds, also there
 RESUME = True  # the same command continues an interrupted run; False refuses a folder that holds one
@@ -252,6 +254,8 @@ def drop_bad_gradients(optimizer, *_) -> None:
 def main():
     rank, world = processes.start()
     check_constants(globals(), world)
+    if EVAL_ONLY:
+        return compare(globals())
     last = checkpoint.begin(OUTPUT_DIR, globals() | {"PROCESSES": world}, RESUME) if rank == 0 else 0
     last, run = map(int, reduce({"last": last, "run": secrets.randbits(48) if rank == 0 else 0}).values())
     checkpoint.see(OUTPUT_DIR)

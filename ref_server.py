@@ -30,9 +30,10 @@ import torch
 import waitress
 from safetensors.torch import load, save
 
+from constants import override_constants
 from layers import HeadLogps, layout
 from ref_client import accept_weights, unreadable
-from sampler import load_model, micro_batches, override_constants
+from sampler import load_model, micro_batches
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name: the model that the policy starts from
 HOST = "127.0.0.1"  # any other address needs REF_TOKEN in the environment, here and at the trainer

@@ -1,4 +1,4 @@
-"""From a data set to prompts, from prompts to completions; and what both scripts start with, constants and model.
+"""From a data set to prompts, from prompts to completions; and the model that both scripts start with.
 
     rows = load_prompts("train.jsonl", tokenizer, system_prompt, max_prompt_tokens)
     completions = sample(model, [row["ids"] for row in rows], group_size, ...)
@@ -12,6 +12,7 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -24,46 +25,6 @@ CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }
 
 
 # ------------------------------------------------------------------------------------------------- model and prompts
-
-def override_constants(constants: dict, arguments: list[str]) -> None:
-    """Set upper-case `constants` (a script's globals()) from NAME=value arguments, of the same type as the default."""
-    valid = {name: value for name, value in constants.items() if name.isupper()}
-    for argument in arguments:
-        name, _, text = argument.partition("=")
-        if name == "--local_rank":  # the deepspeed launcher's own; the environment says the same
-            continue
-        if name not in valid:
-            raise SystemExit(f"unknown constant {argument!r}: write NAME=value with one of {', '.join(valid)}")
-        kind = type(valid[name])
-        read = {bool: {"True": True, "False": False}.__getitem__, list: lambda names: names.split(",")}.get(kind, kind)
-        try:
-            constants[name] = read(text)
-        except (ValueError, KeyError):
-            raise SystemExit(f"{name}={text}: expected {kind.__name__}, as in {name}={valid[name]}") from None
-
-
-def check_constants(constants: dict, processes: int) -> None:
-    """SystemExit at the first of grpo_train.py's constants that cannot be right, for so many processes."""
-    allowed = {"LOSS_TYPE": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"), "IMPORTANCE": ("token", "sequence"),
-               "ADVANTAGE_SCALE": ("group", "batch", "none"), "ZERO_STAGE": (0, 1, 2, 3),
-               "SAMPLER": ("transformers", "vllm")}
-    for name, values in allowed.items():
-        if constants[name] not in values:
-            raise SystemExit(f"{name}={constants[name]}: expected one of {', '.join(map(str, values))}")
-    wrong = {
-        "PROMPTS_PER_STEP": lambda n: n % processes and f"cannot be shared equally by {processes} processes",
-        "GROUP_SIZE": lambda n: n < 2 and "a group needs at least 2 completions to compare",
-        "TEMPERATURE": lambda t: t <= 0 and "sampling needs a positive one",
-        "IS_CAP": lambda cap: cap <= 0 and "a weight is positive",
-        "UPDATES_PER_BATCH": lambda n: n < 1 and "a batch is for one update at least",
-        "TRACKERS": lambda names: {*names} - {"csv", "tensorboard", "wandb"} and "expected csv, tensorboard, wandb",
-        "REF_MIXUP_ALPHA": lambda alpha: not 0 < alpha <= 1 and "expected above 0, up to 1",
-        "REF_SYNC_EVERY": lambda n: n and not constants["BETA"] and "with BETA=0 there is no reference",
-    }
-    for name, reason in wrong.items():
-        if sentence := reason(constants[name]):
-            raise SystemExit(f"{name}={constants[name]}: {sentence}")
-
 
 def load_model(path: str, tokens: int = 0):
     """The causal LM at `path` (folder or hub name) and its tokenizer: bfloat16 on an accelerator, float32 on a CPU.
@@ -107,7 +68,8 @@ def tokens_until(tokenizer, tokens, characters: int) -> int:
 
 
 def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, question: str = "question") -> list[dict]:
-    """The rows of a .jsonl or .parquet file or a hub data set (`name[:config[:split]]`): `text`, `ids`, `columns`.
+    """The rows of a .jsonl or .parquet file or a hub data set (`name[:config[:split]]`): `text`, `ids`, the row's
+    `number` (from 1) and the other `columns`.
 
     A row has the column `question`, put behind the system prompt in the chat template, or `prompt`: a string, used as
     it is, or chat messages. Prompts over `max_tokens` are left out and counted. SystemExit says what is wrong.
@@ -122,12 +84,17 @@ def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, ques
     for number, row in enumerate(rows, start=1):
         if row.keys() != set(names):
             raise SystemExit(f"row {number} of the data set {name} has the columns {list(row)}, the first has {names}")
-        text = row.pop("prompt", None) or [{"role": "system", "content": system_prompt},
-                                           {"role": "user", "content": row[question]}]
+        messages = {"system": system_prompt, "user": row.get(question)}
+        text = row.pop("prompt", None) or [{"role": role, "content": said} for role, said in messages.items() if said]
         if not isinstance(text, str):
-            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+            try:
+                text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+            except TemplateError as error:
+                raise SystemExit(f"row {number} of {name}: MODEL's chat template says: {error} "
+                                 "(SYSTEM_PROMPT= leaves the system message out)") from error
         row.pop(question, None)
-        prompts.append({"text": text, "ids": tokenizer(text, add_special_tokens=False).input_ids, "columns": row})
+        prompts.append({"text": text, "ids": tokenizer(text, add_special_tokens=False).input_ids, "columns": row,
+                        "number": number})
     short = [prompt for prompt in prompts if 0 < len(prompt["ids"]) <= max_tokens]
     if not short:
         raise SystemExit(f"every prompt of {name} has more than MAX_PROMPT_TOKENS={max_tokens} tokens")

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ref_server import token_logps  # noqa: E402
-from sampler import override_constants  # noqa: E402
+from constants import override_constants  # noqa: E402
 
 OUTPUT_DIR = "examples/arithmetic"
 SEED = 0

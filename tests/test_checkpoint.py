@@ -1,14 +1,22 @@
 """An interrupted run ends as if nothing had happened; a save that fails loses nothing."""
 
+import html
 import json
+import re
+import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, rows
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, GenerationConfig
 
 import checkpoint
+import report
 
 SAME = "BETA=0 STEPS=6 SAVE_EVERY=2 EVAL_EVERY=3".split()
 
@@ -34,6 +42,9 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(launch, few, tmp_
     assert [row["step"] for row in rows(broken / "metrics.jsonl")] == list(range(7))
     assert (whole / "completions.jsonl").read_text() == (broken / "completions.jsonl").read_text()
     assert sorted(path.name for path in broken.glob("step_*")) == ["step_4", "step_6"]  # KEEP_CHECKPOINTS
+    for name in "README.md", "reward.png":
+        assert (whole / "step_6" / name).read_bytes() == (broken / "step_6" / name).read_bytes(), name
+    the_card_is_right(whole, few[0].removeprefix("MODEL="))
 
     constants = " ".join([*few, "STEPS=8", f"OUTPUT_DIR={broken}"])
     command = f"ulimit -f 1000; exec {sys.executable} grpo_train.py {constants}"  # as on a full disk
@@ -42,6 +53,63 @@ def test_a_killed_run_ends_bit_identical_to_an_undisturbed_one(launch, few, tmp_
     assert not (broken / "step_8").exists()
     code, text = launch("grpo_train.py", *few, "STEPS=8", f"OUTPUT_DIR={broken}").wait()
     assert code == 0 and [row["step"] for row in rows(broken / "metrics.jsonl")] == list(range(9)), text
+
+
+def the_card_is_right(run, start):
+    """What a checkpoint says about itself, and that it opens as it says."""
+    history, folder = rows(run / "metrics.jsonl"), run / "step_6"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation",
+                                   "tags": ["grpo", "reinforcement-learning"]}  # nothing of it is on the hub
+    before, after = (history[step]["eval_reward"] for step in (0, 6))
+    assert f"| held-out reward, greedy | {before:.3f} | {after:.3f} |" in card.text
+    assert f"| KL to the reference | 0.000 | {history[6]['kl']:.3f} |" in card.text
+    assert "after 6 steps of GRPO" in card.text and "| `LR` | 5e-05 |" in card.text
+    assert "| `SYSTEM_PROMPT` | First reason between &#60;think&#62; and" in card.text
+    assert "seconds" not in card.text and str(run) not in card.text and "](reward.png)" in card.text
+    assert (folder / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+    template, its_template = (AutoTokenizer.from_pretrained(path).chat_template for path in (start, folder))
+    config, its_config = (GenerationConfig.from_pretrained(path).to_dict() for path in (start, folder))
+    assert template and its_template == template and config["eos_token_id"] is not None and its_config == config
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    assert len(code.splitlines()) == 3
+    said = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=100)
+    assert said.returncode == 0 and "'role': 'assistant'" in said.stdout, said.stderr
+
+
+def test_the_card_names_what_is_on_the_hub_and_only_that(tmp_path):
+    hostile = "| <img src=x> `a` [b](c)\n---\n# no"
+    constants = {"MODEL": "Qwen/Qwen2.5-1.5B-Instruct", "DATASET": "openai/gsm8k:main:train", "REWARDS": ["mine"],
+                 "SYSTEM_PROMPT": hostile + "\n```", "MAX_COMPLETION_TOKENS": 9}
+    (tmp_path / "run.json").write_text(json.dumps(constants))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "reward": 0.5, "kl": null}\n')
+    (tmp_path / "step_1").mkdir()
+    report.card(tmp_path, tmp_path / "step_1")
+    card = ModelCard.load(tmp_path / "step_1/README.md")
+    assert card.data.base_model == "Qwen/Qwen2.5-1.5B-Instruct" and card.data.datasets == ["openai/gsm8k"]
+    assert card.text.count("\n# ") == 1 and card.text.count("\n```") == 2
+    row = re.search(r"^\| `SYSTEM_PROMPT` \| (.*) \|$", card.text, re.MULTILINE)[1]
+    assert html.unescape(row) == hostile + "\n```" and not set(row) & set("|<`[]*\n")
+    assert report.on_hub("gpt2") and not any(map(report.on_hub, ["a/b/c", "/a/b", "train.jsonl", "tests", "", "a b"]))
+
+
+def test_a_card_that_fails_loses_no_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no more colours")
+
+    monkeypatch.setattr(report, "draw", fail)
+    (tmp_path / "run.json").write_text(json.dumps({"MODEL": "a", "DATASET": "b", "REWARDS": [], "SYSTEM_PROMPT": "",
+                                                   "MAX_COMPLETION_TOKENS": 9}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+
+    class Engine:
+        def save_checkpoint(self, folder, **_):
+            Path(folder, "state").mkdir(parents=True)
+
+    checkpoint.save(Engine(), tiny[0], nullcontext, tiny[1], tmp_path, 1, 0, 0)
+    assert checkpoint.complete(tmp_path) == [1] and (tmp_path / "step_1/model.safetensors").exists()
+    assert "step_1: the model card is not whole: RuntimeError('no more colours')" in capsys.readouterr().out
 
 
 def test_only_whole_rows_up_to_the_checkpoint_are_kept(tmp_path):

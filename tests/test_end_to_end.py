@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo_train
-from sampler import check_constants
+from constants import check_constants
 
 METRICS = set(
     """step reward reward_std reward/reward_correct reward/reward_format advantage_zero_groups kl loss entropy

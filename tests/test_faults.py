@@ -119,7 +119,7 @@ def test_the_error_of_the_process_that_failed_is_the_last_one(launch, few, tmp_p
 
 
 NOT_FINITE = """
-import sys, grpo_train, processes, sampler
+import sys, constants, grpo_train, processes
 stages, bad = eval(sys.argv.pop(1)), eval(sys.argv.pop(1))
 real = grpo_train.GRPO_step
 def GRPO_step(policy, batch):
@@ -127,7 +127,7 @@ def GRPO_step(policy, batch):
     calls.append(loss)
     return (loss * float("inf") if len(calls) in bad else loss, *rest)
 grpo_train.GRPO_step = GRPO_step
-sampler.override_constants(vars(grpo_train), sys.argv[1:])
+constants.override_constants(vars(grpo_train), sys.argv[1:])
 folder = grpo_train.OUTPUT_DIR
 for stage in stages:
     calls, grpo_train.OUTPUT_DIR = [], f"{folder}/{stage}"

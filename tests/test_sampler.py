@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
 from ref_server import token_logps
-from sampler import draw, load_model, load_prompts, override_constants, sample, stop_ids
+from constants import override_constants
+from sampler import draw, load_model, load_prompts, sample, stop_ids
 from test_ref_server import make_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18, 19]]
@@ -283,3 +284,13 @@ def test_a_base_model_gets_a_chat_template_that_is_saved(family, tmp_path):
 
 def test_a_models_own_chat_template_stays(tiny):
     assert tiny[1].chat_template == arithmetic.CHAT_TEMPLATE
+
+
+def test_a_chat_template_that_refuses_a_system_message(tiny, tmp_path):
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.chat_template = ("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+                               "{% endif %}{{ messages[0].content }}")
+    (tmp_path / "data.jsonl").write_text('{"question": "1 + 1"}\n')
+    with pytest.raises(SystemExit, match=r"row 1 of .*System role not supported \(SYSTEM_PROMPT= leaves"):
+        load_prompts(f"{tmp_path}/data.jsonl", tokenizer, "Think.", 100)
+    assert load_prompts(f"{tmp_path}/data.jsonl", tokenizer, "", 100)[0]["text"] == "1 + 1"
