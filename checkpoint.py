@@ -1,6 +1,7 @@
 """What a run keeps, so that the same command continues it as if it had never been interrupted.
 
     OUTPUT_DIR/run.json      the constants that it was started with
+    OUTPUT_DIR/index.html    a page to watch it: python -m http.server -d OUTPUT_DIR
     OUTPUT_DIR/step_N/       model and tokenizer for `from_pretrained`, LoRA's adapters merged, and alone in adapter/;
                              a model card in README.md, with reward.png;
                              in state/ what DeepSpeed continues from, and the reference if it does not stay the same
@@ -35,17 +36,19 @@ def begin(folder: str, constants: dict, resume: bool) -> int:
     By one process, before the others `see` it. SystemExit if the folder holds a run with other constants. What that run
     wrote after its last checkpoint is removed.
     """
-    constants = {name: value for name, value in constants.items() if name.isupper() and name not in MAY_CHANGE}
+    kept = [name for name in constants if name.isupper() and name not in MAY_CHANGE]
+    constants = {name: constants[name] for name in ["STEPS", *kept]}
     path, now = Path(folder), json.loads(json.dumps(constants, default=lambda function: function.__name__))
     if (path / "metrics.jsonl").exists():
         before = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
-        changed = [f"{name}={before.get(name)} there" for name in now if before.get(name) != now[name]]
+        changed = [f"{name}={before.get(name)} there" for name in kept if before.get(name) != now[name]]
         if changed or not resume:
             hint = "; ".join(changed[:3]) or "RESUME=True continues it"
             raise SystemExit(f"OUTPUT_DIR={folder} holds another run: choose another ({hint})")
     try:
         path.mkdir(parents=True, exist_ok=True)
         replace(path / "run.json", json.dumps(now, indent=1))
+        shutil.copy(Path(__file__).with_name("page.html"), path / "index.html")
     except OSError as error:
         raise SystemExit(f"OUTPUT_DIR={folder} cannot be written: {error}") from error
     for leftover in path.glob("step_*.unfinished"):
