@@ -54,7 +54,8 @@ class Engine:
                 self.llm.wake_up(tags=["weights"])
             plain = merged(model)
             weights = {name: parameter.detach() for name, parameter in plain.named_parameters()}
-            weights["lm_head.weight"] = plain.get_output_embeddings().weight.detach()
+            if plain.config.tie_word_embeddings:
+                weights["lm_head.weight"] = plain.get_output_embeddings().weight.detach()
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights.items())})
         if self.on_gpu:
             self.llm.wake_up(tags=["kv_cache"])
