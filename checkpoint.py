@@ -36,12 +36,12 @@ def begin(folder: str, constants: dict, resume: bool) -> int:
     By one process, before the others `see` it. SystemExit if the folder holds a run with other constants. What that run
     wrote after its last checkpoint is removed.
     """
-    kept = [name for name in constants if name.isupper() and name not in MAY_CHANGE]
-    constants = {name: constants[name] for name in ["STEPS", *kept]}
+    fixed = [name for name in constants if name.isupper() and name not in MAY_CHANGE]
+    constants = {name: constants[name] for name in constants if name in [*fixed, "STEPS"]}
     path, now = Path(folder), json.loads(json.dumps(constants, default=lambda function: function.__name__))
     if (path / "metrics.jsonl").exists():
         before = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
-        changed = [f"{name}={before.get(name)} there" for name in kept if before.get(name) != now[name]]
+        changed = [f"{name}={before.get(name)} there" for name in fixed if before.get(name) != now[name]]
         if changed or not resume:
             hint = "; ".join(changed[:3]) or "RESUME=True continues it"
             raise SystemExit(f"OUTPUT_DIR={folder} holds another run: choose another ({hint})")
