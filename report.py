@@ -103,7 +103,8 @@ def show(folder: str, *others: str) -> None:
     for title, first, last in before_and_after(history):
         print(f"{title:28}{first:10.3f}{last:10.3f}")
     seconds = sum(second for _, second in series(history, "seconds"))
-    print(f"\n{history[-1]['step']} steps in {seconds:.0f} s; the curves are in {folder}/reward.png")
+    print(f"\n{history[-1]['step']} steps in {seconds:.0f} s; the curves are in {folder}/reward.png, "
+          f"the page by python -m http.server -d {folder}")
     draw(runs, f"{folder}/reward.png")
 
 
