@@ -173,12 +173,12 @@ def interval(values: list[float], kind: str) -> dict[str, float]:
 def summary(models: list[list[dict]]) -> list[dict[str, dict[str, float]]]:
     """For each model, given as the numbers of its problems, every number's mean and interval; of two models also those
     of the second's difference to the first, problem by problem."""
-    columns = [("rate", problems) for problems in models]
+    parts = [("rate", problems) for problems in models]
     if len(models) == 2:
         pairs = zip(*models)
-        columns.append(("difference", [{name: other[name] - one[name] for name in one} for one, other in pairs]))
+        parts.append(("difference", [{name: other[name] - one[name] for name in one} for one, other in pairs]))
     return [{name: interval([problem[name] for problem in problems], kind if is_rate(name) else "mean")
-             for name in problems[0]} for kind, problems in columns]
+             for name in problems[0]} for kind, problems in parts]
 
 
 def table(names: list[str], results: list[dict], about: dict) -> str:

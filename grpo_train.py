@@ -215,9 +215,9 @@ def make_batches(samples: list[dict], kept: list[dict], device, reference_logps)
     filler = min(samples, key=lambda sample_: sample_["length"])
     batches += [[{**filler, "weight": 0 * filler["weight"]}]] * int(max(1, most) - len(batches))
     names = ["advantage", "weight", *(["sampler_logps"] if SAMPLER == "vllm" else [])]
-    return [{"rows": pack(batch, device), "answer": reference_logps(*pack(batch)) if BETA else None,
+    return [{"rows": [tensor.to(device) for tensor in rows], "answer": reference_logps(*rows) if BETA else None,
              **{name: torch.cat([sample_[name] for sample_ in batch]).to(device) for name in names}}
-            for batch in batches]
+            for batch, rows in zip(batches, map(pack, batches))]
 
 
 def add_gradients(engine, batches: list[dict], seconds: Counter) -> Counter:

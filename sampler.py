@@ -221,11 +221,11 @@ def pick(weights, uniform):
 
 # ------------------------------------------------------------------------------------------------- batches
 
-def pack(samples: list[dict], device="cpu") -> list[torch.Tensor]:
+def pack(samples: list[dict]) -> list[torch.Tensor]:
     """Samples as B ragged rows: tokens (N,), prompt_lens (B,), completion_lens (B,)."""
     tokens = torch.cat([part for sample in samples for part in (sample["prompt"], sample["completion"])])
     lens = torch.tensor([[len(sample["prompt"]), len(sample["completion"])] for sample in samples]).T
-    return [tensor.to(device) for tensor in (tokens, *lens)]
+    return [tokens, *lens]
 
 
 def micro_batches(rows: list, budget: int) -> list[list]:
