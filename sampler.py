@@ -7,6 +7,8 @@ A prompt is prefilled once for its whole group, a finished sequence leaves the b
 under the sampling policy comes along at no extra forward pass. Random numbers belong to the prompt's seed, not to the
 batch: the same prompt gets the same completions however the prompts are spread over processes.
 """
+import ctypes
+import gc
 import json
 from bisect import bisect_left
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from layers import RoomyLayer, pack_attention
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the other
 CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}"
                  "{% if add_generation_prompt %}Assistant:{% endif %}")  # for base models that have none
@@ -44,6 +47,11 @@ def load_model(path: str, tokens: int = 0):
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", tokens)
     if tokens > longest:
         raise SystemExit(f"MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS is over the {longest} tokens of MODEL={path}")
+    gc.freeze()  # what has been imported and loaded stays, there is nothing to collect
+    if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # else the memory of an activation goes back to the kernel, which has to clear it again for the next one
+        for setting, value in (M_TRIM_THRESHOLD, 2**30), (M_MMAP_THRESHOLD, 2**25), (M_ARENA_MAX, 1):
+            libc.mallopt(setting, value)
     return model, tokenizer
 
 
