@@ -206,15 +206,16 @@ def draw(logits, uniform):
     Inverse sampling: the first token whose cumulative probability exceeds uniform. Of a large vocabulary first the
     block, then the token in it: no sort, no `multinomial`, and next to no sums in float64, which keep the tail exact.
     """
-    logps = logits.log_softmax(-1)
     if uniform is None:
-        return logps.argmax(-1), logps.max(-1).values
-    size = next(size for size in range(512, 0, -1) if logps.shape[1] % size == 0)
-    blocks = logps.exp().unflatten(1, (-1, size))
+        logp, token = logits.log_softmax(-1).max(-1)
+        return token, logp
+    probs = logits.softmax(-1)
+    size = next(size for size in range(512, 0, -1) if probs.shape[1] % size == 0)
+    blocks = probs.unflatten(1, (-1, size))
     block, uniform = pick(blocks.sum(-1), uniform)
     place, _ = pick(blocks[torch.arange(len(block), device=block.device), block], uniform)
     token = block * size + place
-    return token, logps.gather(1, token[:, None])[:, 0]
+    return token, probs.gather(1, token[:, None])[:, 0].log()
 
 
 def pick(weights, uniform):
