@@ -26,7 +26,6 @@ from checkpoint import merged
 turn = itertools.count(int(os.environ.get("RANK", 0)))  # whose turn it is among the servers
 silent_until = {}  # those that did not answer are left alone for a while
 sending = threading.Lock()
-session = requests.Session()  # keeps connections open
 unreadable = (SafetensorError, KeyError, ValueError, TypeError, RuntimeError)  # what loading broken safetensors raises
 
 
@@ -52,7 +51,7 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, **opt
         url, pause = urls[next(turn) % len(urls)], 0.5
         try:
             timeout = 5, max(1, (start + patience - now) / len(urls))
-            response = session.request(method, url + path, headers=headers, timeout=timeout, **options)
+            response = requests.request(method, url + path, headers=headers, timeout=timeout, **options)
         except requests.RequestException as error:
             silent_until[url], reason = time.monotonic() + 30, error
         else:
