@@ -51,7 +51,9 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, **opt
         url, pause = urls[next(turn) % len(urls)], 0.5
         try:
             timeout = 5, max(1, (start + patience - now) / len(urls))
-            response = requests.request(method, url + path, headers=headers, timeout=timeout, **options)
+            with requests.Session() as session:
+                session.trust_env = False  # a cluster's proxy leads out of it, not to the server
+                response = session.request(method, url + path, headers=headers, timeout=timeout, **options)
         except requests.RequestException as error:
             silent_until[url], reason = time.monotonic() + 30, error
         else:

@@ -192,6 +192,12 @@ def test_server_says_what_it_holds(server, tiny_folder):
     assert health == {"status": "ok", "model": tiny_folder, "dtype": "float32", "reference": "", **sizes}
 
 
+def test_a_proxy_for_the_internet_is_not_asked(server, tiny, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    check_server(server, tiny[0], "tiny", list(range(20)))
+
+
 def test_another_model_is_refused_by_the_trainer(server, tiny):
     other = copy.deepcopy(tiny[0])
     with torch.no_grad():
