@@ -282,6 +282,7 @@ def main():
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = deepspeed.initialize(model=Policy(model).train(), config=DS_CONFIG)[0]
     engine.basic_optimizer.register_step_pre_hook(drop_bad_gradients)
+    engine.enable_backward_allreduce = world > 1 or ZERO_STAGE > 0  # alone there is nothing to add up
     engine.monitor.enabled = False  # for DeepSpeed's own events, which count something else than steps
     background, reference, skipped = ThreadPoolExecutor(8), None, 0
     if last:

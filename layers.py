@@ -125,40 +125,45 @@ class HeadLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.scale, ctx.cap, ctx.tile_size = scale, cap, max(1, logits_per_tile // max(1, len(hidden)))
         logps = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        ctx.total = logps - torch.inf  # log of the sum of exp(logits)
-        for _, logits, _, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
-            logps += logits.gather(1, place)[:, 0] * inside
-            ctx.total = ctx.total.logaddexp(logits.logsumexp(1))
+        ctx.total = logps - torch.inf  # log of the sum of exp(scale * logits)
+        for _, logits, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
+            logps += scale * logits.gather(1, place)[:, 0] * inside
+            top = scale * logits.amax(1)
+            logits = torch.add(-top[:, None], logits, alpha=scale, out=logits)
+            ctx.total = ctx.total.logaddexp(logits.exp_().sum(1).log() + top)
         return logps - ctx.total
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad = -ctx.scale * grad[:, None]
+        # A factor that all logits of a row share is multiplied in at the ends, not in a pass over the logits.
+        scaled, grad_hidden = (grad * hidden).to(hidden.dtype), torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight, grad_bias = (torch.empty_like(tensor) if needed else None
                                   for tensor, needed in zip((weight, bias), ctx.needs_input_grad[1:3]))
-        for tile, logits, slope, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
-            grad_logits = logits.sub_(ctx.total[:, None]).exp_().mul_(-grad[:, None])  # (C, tile)
-            grad_logits.scatter_add_(1, place, (grad * inside)[:, None]).mul_(slope)
-            rounded = grad_logits.to(hidden.dtype)
+        for tile, logits, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
+            slope = 1 - (logits / ctx.cap).square() if ctx.cap else None
+            probs = torch.add(-ctx.total[:, None], logits, alpha=ctx.scale, out=logits).exp_()
+            error = probs.scatter_add_(1, place, -inside[:, None].float())
+            if ctx.cap:
+                error *= slope
+            rounded = error.to(hidden.dtype)
             grad_hidden += rounded @ weight[tile]
             if grad_weight is not None:
-                torch.mm(rounded.T, hidden, out=grad_weight[tile])
+                torch.mm(rounded.T, scaled, out=grad_weight[tile])
             if grad_bias is not None:
-                grad_bias[tile] = grad_logits.sum(0)
-        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
+                grad_bias[tile] = grad[:, 0] @ error
+        return (grad * grad_hidden).to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
 
     @staticmethod
     def tiles(ctx, hidden, weight, bias, targets):
-        """For each tile of the vocabulary: its slice, its logits (C, tile), their derivative by what the head gives,
-        and where among them each target is, (C, 1), if it is inside, (C,)."""
+        """For each tile of the vocabulary: its slice, its logits (C, tile) before `scale`, and where among them each
+        target is, (C, 1), if it is inside, (C,)."""
         for start in range(0, len(weight), ctx.tile_size):
             tile = slice(start, start + ctx.tile_size)
             logits = functional.linear(hidden, weight[tile], None if bias is None else bias[tile]).float()
-            slope = ctx.scale
             if ctx.cap:
                 logits = ctx.cap * torch.tanh(logits / ctx.cap)
-                slope = ctx.scale * (1 - (logits / ctx.cap).square())
             place = targets - start
             inside = (0 <= place) & (place < logits.shape[1])
-            yield tile, logits.mul_(ctx.scale), slope, place.clamp(0, logits.shape[1] - 1)[:, None], inside
+            yield tile, logits, place.clamp(0, logits.shape[1] - 1)[:, None], inside
