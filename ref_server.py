@@ -178,7 +178,7 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
 
 def main():
     token = os.environ.get("REF_TOKEN", "")
-    if HOST not in ("127.0.0.1", "localhost", "::1") and not token:
+    if HOST not in ("127.0.0.1", "localhost") and not token:
         raise SystemExit(f"HOST={HOST} can be reached from other machines: set REF_TOKEN in the environment first")
     try:
         listener = socket.create_server((HOST, PORT), backlog=1024)  # before the model is loaded, to fail at once

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 import time
 
@@ -116,6 +117,15 @@ def test_the_error_of_the_process_that_failed_is_the_last_one(launch, few, tmp_p
     said = [line for line in text.splitlines() if "[launch.py" not in line and line.strip()]
     assert code == 1 and "reward reward raised ZeroDivisionError" in said[-1], text
     assert "gloo" not in text
+
+
+def test_a_port_that_another_run_has_is_named(launch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        meet = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        code, text = launch(TRAINER, env=meet).wait(60)
+    assert code == 1 and f"cannot meet at 127.0.0.1:{port}" in text and "deepspeed --master_port" in text, text
+    assert "Traceback" not in text
 
 
 NOT_FINITE = """
