@@ -17,7 +17,7 @@ stopping = threading.Event()  # somebody asked for the end of the run
 
 
 def start() -> tuple[int, int]:
-    """Rank and number of processes. Without the deepspeed launcher this one is alone. SystemExit if they cannot meet."""
+    """Rank and number of processes; without the deepspeed launcher this one is alone. SystemExit if they do not meet."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.accelerator.is_available():
@@ -26,8 +26,8 @@ def start() -> tuple[int, int]:
         deepspeed.init_distributed(verbose=False)
     except dist.DistNetworkError as error:
         place = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
-        raise SystemExit(f"the processes of this run cannot meet at {place}: {error} (a second run on one machine needs "
-                         "a port of its own: deepspeed --master_port 29501 grpo_train.py ...)") from error
+        raise SystemExit(f"the processes of this run cannot meet at {place}: {error} (a second run on one machine "
+                         "needs a port of its own: deepspeed --master_port 29501 grpo_train.py ...)") from error
     return dist.get_rank(), dist.get_world_size()
 
 
