@@ -25,6 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
+import graph_sampler
 import processes
 import report
 from constants import check_constants, override_constants
@@ -54,7 +55,7 @@ MAX_PROMPT_TOKENS = 128  # longer prompts are left out
 MAX_COMPLETION_TOKENS = 64  # 512 for GSM8K, thousands for competition mathematics
 MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
 TEMPERATURE = 1.0  # of sampling and of every log-prob; below 1 explores less
-SAMPLER = "transformers"  # or "vllm": requirements-vllm.txt, an engine in every process
+SAMPLER = "transformers"  # "graph": the same in a CUDA graph; "vllm": requirements-vllm.txt, an engine in every process
 VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
 IS_CAP = 2.0  # vLLM's log-probs are not quite the policy's; their ratio weighs the tokens, at most by so much
 
@@ -273,7 +274,8 @@ def main():
     whole = copy.deepcopy(whole, {id(parameter): parameter for parameter in model.parameters()})
     sampled = whole.get_base_model() if LORA_RANK else whole
     gathered = partial(deepspeed.zero.GatheredParameters, list(model.parameters()))
-    draw, ready = partial(sample, sampled), gathered  # within `ready()` one samples from the weights as they are now
+    draw = partial(sample, sampled, decoder=graph_sampler.decode if SAMPLER == "graph" else None)
+    ready = gathered  # within `ready()` one samples from the weights as they are now
     if SAMPLER == "vllm":
         from vllm_sampler import Engine  # here, because vLLM is optional
         vllm = Engine(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, VLLM_MEMORY)

@@ -17,7 +17,7 @@ stopping = threading.Event()  # somebody asked for the end of the run
 
 
 def start() -> tuple[int, int]:
-    """Rank and number of processes; without the deepspeed launcher this one is alone. SystemExit if they do not meet."""
+    """Rank and number of processes; without the deepspeed launcher there is one. SystemExit if they cannot meet."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.accelerator.is_available():

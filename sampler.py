@@ -139,10 +139,12 @@ class Completion(NamedTuple):
 
 
 def sample(model, prompts: list[list[int]], group_size: int, *, max_tokens: int, stop: list[int],
-           temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None) -> list[Completion]:
+           temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None,
+           decoder=None) -> list[Completion]:
     """`group_size` completions of each prompt, group after group; temperature 0 is greedy and needs no `seeds`.
 
     None ends before `min_tokens` tokens. The model is in eval mode meanwhile: dropout is not part of the policy.
+    `decoder` may be another one than `decode`.
     """
     was_training, completions = model.training, []
     model.eval()
@@ -151,7 +153,8 @@ def sample(model, prompts: list[list[int]], group_size: int, *, max_tokens: int,
         uniforms = torch.cat([
             torch.rand(group_size, max_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             for seed in seeds[some]]) if temperature else None
-        decoded = decode(model, prompts[some], group_size, max_tokens, stop, temperature, min_tokens, uniforms)
+        decoded = (decoder or decode)(
+            model, prompts[some], group_size, max_tokens, stop, temperature, min_tokens, uniforms)
         completions += [Completion(c.tokens.clone(), c.logps.clone(), c.ended) for c in decoded]  # fit for autograd
     model.train(was_training)
     return completions
@@ -160,17 +163,8 @@ def sample(model, prompts: list[list[int]], group_size: int, *, max_tokens: int,
 @torch.inference_mode()
 def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms) -> list[Completion]:
     """`sample` for prompts that fit together; uniforms (B, max_tokens) in [0, 1), B = prompts x group_size."""
-    device, longest, count = model.device, max(map(len, prompts)), len(prompts) * group_size
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (P, L), padded on the left
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + max_tokens) for p in prompts], device=device)
-    position = mask.cumsum(1).sub(1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    logits = model(input_ids=ids, attention_mask=mask[:, :longest], position_ids=position[:, :longest],
-                   past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    cache.batch_repeat_interleave(group_size)
-    logits, mask, position = (tensor.repeat_interleave(group_size, 0) for tensor in (logits, mask, position))
-
+    logits, mask, position, cache = prefill(model, prompts, group_size, max_tokens)
+    device, count, longest = model.device, len(logits), mask.shape[1] - max_tokens
     stop = torch.tensor(stop, device=device)
     tokens = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(count, max_tokens, device=device)
@@ -198,6 +192,20 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
                        past_key_values=cache).logits[:, -1]
     tokens, logps, lengths = tokens.cpu(), logps.cpu(), lengths.tolist()
     return [Completion(tokens[i, :n], logps[i, :n], end) for i, (n, end) in enumerate(zip(lengths, ended.tolist()))]
+
+
+def prefill(model, prompts, group_size, max_tokens):
+    """Logits (B, V) after the prompts, mask and position (B, L + max_tokens) of all tokens, and the cache of L."""
+    device, longest = model.device, max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (P, L), padded on the left
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + max_tokens) for p in prompts], device=device)
+    position = mask.cumsum(1).sub(1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    logits = model(input_ids=ids, attention_mask=mask[:, :longest], position_ids=position[:, :longest],
+                   past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    cache.batch_repeat_interleave(group_size)
+    return *(tensor.repeat_interleave(group_size, 0) for tensor in (logits, mask, position)), cache
 
 
 def draw(logits, uniform):

@@ -4,7 +4,7 @@
     python benchmarks/compare.py vocab=151936 steps=3 rounds=2            # Qwen2.5's vocabulary
     python benchmarks/compare.py lengths=natural                          # EOS allowed: most are short, some 256 tokens
     python benchmarks/compare.py programs=ours,trl threads=1,2            # which, and with which numbers of threads
-    python benchmarks/compare.py shape=1.5b vocab=151936 prompts=8 tokens=512 programs=ours,trl steps=4     # on a GPU
+    python benchmarks/compare.py shape=1.5b vocab=151936 prompts=8 tokens=512 programs=ours,graph,trl steps=4  # on a GPU
 
 A model of Qwen2's shape (hidden 256, 4 layers), 4 prompts x 8 completions a step, AdamW in float32, a reference model,
 one update a step; needs requirements-test.txt. Every program runs alone and may use both cores; this project's
@@ -109,18 +109,22 @@ def train(output: str, environment: dict, ranks=1, **constants) -> list[dict]:
     return [json.loads(line) for line in open(f"{output}/metrics.jsonl")]
 
 
-def ours(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threads: int) -> dict:
+def ours(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threads: int, **constants) -> dict:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as output, reference_server(folder, environment) as (server, url):
         rows = train(output, environment, MODEL=folder, DATASET=f"{folder}/data.jsonl", REF_SERVER=url, STEPS=steps,
                      PROMPTS_PER_STEP=prompts, GROUP_SIZE=GROUP, MAX_COMPLETION_TOKENS=tokens,
-                     MIN_COMPLETION_TOKENS=tokens if exact else 0)[1:]
+                     MIN_COMPLETION_TOKENS=tokens if exact else 0, **constants)[1:]
         phases = Counter({"sample": sum(row["seconds_sample"] for row in rows[1:]),
                           "reference": sum(row["seconds_ref_wait"] for row in rows[1:]),
                           "reward": sum(row["seconds_reward"] for row in rows[1:])})
         return shares([row["seconds"] for row in rows], phases) | {
             "trainer_mb": rows[-1]["peak_memory_mb"], "server_mb": peak_mb(server.pid),
             "tokens": statistics.mean(row["completion_tokens_total"] for row in rows[1:])}
+
+
+def graph(*work) -> dict:
+    return ours(*work, SAMPLER="graph")
 
 
 def trl_config(**options):

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import graph_sampler
 from layers import pack_attention
 from ref_server import token_logps
 from sampler import sample
@@ -58,16 +59,19 @@ def main(shape="1.5b", tokens="512", tflops="989", gigabytes="80") -> None:
     del block
     prompts = torch.randint(vocab, (ROWS // 8, PROMPT)).tolist()
 
-    def decode(count):
-        sample(model, prompts, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=list(range(len(prompts))))
+    def decode(count, decoder):
+        sample(model, prompts, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=list(range(len(prompts))),
+               decoder=decoder)
 
-    step = (clock(lambda: decode(tokens), 1) - clock(lambda: decode(tokens // 2), 1)) / (tokens - tokens // 2)
     config = model.config
     size = 2 * config.num_key_value_heads * config.hidden_size / config.num_attention_heads  # of a token in a layer
     cache = ROWS * (PROMPT + 0.75 * tokens) * config.num_hidden_layers * size * item
     floor = (parameters * item + cache) / bandwidth
-    print(f"decode step: {1e3 * step:.2f} ms, {step / floor:.1f} times the floor at {bandwidth / 1e9:.0f} GB/s "
-          f"({ROWS / step:.0f} tokens a second)", flush=True)
+    for name, decoder in ("transformers", None), ("graph", graph_sampler.decode):
+        whole, half = (clock(lambda: decode(count, decoder), 1) for count in (tokens, tokens // 2))
+        step = (whole - half) / (tokens - tokens // 2)
+        print(f"SAMPLER={name}: decode step {1e3 * step:.2f} ms, {step / floor:.1f} times the floor at "
+              f"{bandwidth / 1e9:.0f} GB/s ({ROWS / step:.0f} tokens a second)", flush=True)
 
     def update(rows):
         token_logps(model, *rows).mean().backward()

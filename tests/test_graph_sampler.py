@@ -1,0 +1,69 @@
+"""SAMPLER="graph": steps of fixed shapes draw the same completions, and read no value, which no graph could repeat."""
+
+import pytest
+import torch
+from conftest import rows
+from test_ref_server import make_model
+from test_sampler import PROMPTS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import graph_sampler
+from layers import pack_attention
+from sampler import sample
+
+MANY = list(range(0, 320, 10))  # stop tokens, so that completions end all the time
+
+
+@pytest.mark.parametrize("options", [
+    {"max_tokens": 24, "stop": MANY}, {"max_tokens": 23, "stop": MANY, "temperature": 0.7, "min_tokens": 9},
+    {"max_tokens": 24, "stop": MANY, "temperature": 0}, {"max_tokens": 70, "stop": [-1]},
+    {"max_tokens": 1, "stop": MANY}])
+@pytest.mark.parametrize("block", [5, 64])
+def test_the_completions_are_those_of_the_other_sampler(tiny, monkeypatch, options, block):
+    monkeypatch.setattr(graph_sampler, "BLOCK", block)
+    model, _ = tiny
+    expected, completions = (sample(model, PROMPTS, 16, seeds=[1, 2, 3], decoder=decoder, **options)
+                             for decoder in (None, graph_sampler.decode))
+    assert len(completions) == len(expected) == 48
+    for ours, theirs in zip(completions, expected):
+        assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.ended == theirs.ended
+        torch.testing.assert_close(ours.logps, theirs.logps, atol=1e-5, rtol=0)
+    if options["stop"] is MANY and options["max_tokens"] > 1:
+        assert len({len(completion.tokens) for completion in completions}) > 4 or not options.get("temperature", 1)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that bring a value to Python."""
+    count, names = 0, ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal")
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function.overloadpacket.__name__ in self.names
+        return function(*arguments, **options or {})
+
+
+def test_a_step_reads_no_value(tiny):
+    def reads(tokens, decoder):
+        with Reads() as counted:
+            sample(tiny[0], PROMPTS, 4, max_tokens=tokens, stop=[-1], min_tokens=3, seeds=[1, 2, 3], decoder=decoder)
+        return counted.count
+
+    assert reads(60, graph_sampler.decode) == reads(6, graph_sampler.decode)
+    assert reads(60, None) > reads(6, None)  # so that the count means something
+
+
+def test_a_model_with_a_sliding_window_is_refused(tiny):
+    model = make_model("Mistral")
+    pack_attention(model)
+    with pytest.raises(SystemExit, match="SAMPLER=graph wants a model with full attention in every layer"):
+        sample(model, PROMPTS, 2, max_tokens=4, stop=[-1], seeds=[1, 2, 3], decoder=graph_sampler.decode)
+
+
+def test_a_run_with_it_is_a_run_without_it(launch, few, tmp_path):
+    found = []
+    for sampler in "transformers", "graph":
+        folder = tmp_path / sampler
+        arguments = [*few, "BETA=0", "STEPS=3", "EVAL_EVERY=3", "SAVE_EVERY=0", f"SAMPLER={sampler}"]
+        code, text = launch("grpo_train.py", *arguments, f"OUTPUT_DIR={folder}").wait(100)
+        assert code == 0, text
+        found.append([row["completion"] for row in rows(folder / "completions.jsonl")])
+    assert found[0] == found[1]
