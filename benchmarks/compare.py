@@ -4,11 +4,12 @@
     python benchmarks/compare.py vocab=151936 steps=3 rounds=2            # Qwen2.5's vocabulary
     python benchmarks/compare.py lengths=natural                          # EOS allowed: most are short, some 256 tokens
     python benchmarks/compare.py programs=ours,trl threads=1,2            # which, and with which numbers of threads
-    python benchmarks/compare.py shape=1.5b vocab=151936 prompts=8 tokens=512 programs=ours,graph,trl steps=4  # on a GPU
+    python benchmarks/compare.py shape=1.5b vocab=151936 prompts=8 tokens=512 programs=ours,graph,trl steps=4
 
-A model of Qwen2's shape (hidden 256, 4 layers), 4 prompts x 8 completions a step, AdamW in float32, a reference model,
-one update a step; needs requirements-test.txt. Every program runs alone and may use both cores; this project's
-reference server is a process beside the trainer, and counted. Of several numbers of threads the best one is quoted.
+The last one is for a GPU. A model of Qwen2's shape (hidden 256, 4 layers), 4 prompts x 8 completions a step, AdamW in
+float32, a reference model, one update a step; needs requirements-test.txt. Every program runs alone and may use both
+cores; this project's reference server is a process beside the trainer, and counted. Of several numbers of threads the
+best one is quoted.
 """
 import json
 import os
