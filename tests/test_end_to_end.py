@@ -101,7 +101,7 @@ UPDATES = {  # the constants of an update, and how it may be split; the first wa
     # token weights and the deviation of the rewards are those of the whole step, some completions are cut off
     "dapo": ("LR=1e-4 LOSS_TYPE=dapo ADVANTAGE_SCALE=batch MASK_TRUNCATED=True MAX_COMPLETION_TOKENS=28 CLIP_LOW=0.01 "
              "CLIP_HIGH=0.01 UPDATES_PER_BATCH=2 MICRO_BATCH_TOKENS=1000", ["1", "2", "2 ZERO_STAGE=3"]),
-    "lora": ("LR=1e-2 LORA_RANK=4", ["1", "2 ZERO_STAGE=3 MICRO_BATCH_TOKENS=400"]),
+    "lora": ("LR=3e-3 LORA_RANK=4", ["1", "2 ZERO_STAGE=3 MICRO_BATCH_TOKENS=400"]),
 }
 
 
