@@ -129,7 +129,7 @@ def greedily_right(embedded) -> int:
     for problem in problems:
         ids = torch.tensor([problem["ids"]])
         answer = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64)
-        texts.append(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
+        texts.append(tokenizer.decode(answer[0, ids.shape[1] :]).removesuffix(tokenizer.eos_token))
     rewards = reward_correct(texts, answer=[problem["columns"]["answer"] for problem in problems])
     return sum(reward > 0 for reward in rewards)
 
