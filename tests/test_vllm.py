@@ -84,7 +84,7 @@ def test_a_run_learns_and_its_checkpoint_opens_in_vllm(embedded, policy, tmp_pat
     code, said = trainer.wait(500)
     assert code == 0, said
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["eval_accuracy"] < 0.5 and rows[-1]["eval_accuracy"] > 0.8
+    assert rows[0]["eval_accuracy"] < 0.3 and rows[-1]["eval_accuracy"] > 0.8
     assert all(0 < abs(row["sampler_ratio"] - 1) < 1e-3 for row in rows[1:])
 
     _, prompts, stop = policy
