@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicLayer
 
 from layers import RoomyLayer
-from sampler import Completion, draw, prefill
+from sampler import Completion, blank, draw, finished, prefill
 
 BLOCK = 64  # tokens from one recording to the next
 
@@ -38,13 +38,10 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
     if not all(type(layer) is RoomyLayer for layer in cache.layers):
         raise SystemExit("SAMPLER=graph wants a model with full attention in every layer: use SAMPLER=transformers")
     cache.layers = [FixedLayer(layer) for layer in cache.layers]
-    device, count, longest = model.device, len(logits), mask.shape[1] - max_tokens
+    device, longest = model.device, mask.shape[1] - max_tokens
     stop = torch.tensor(stop, device=device)
-    tokens = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(count, max_tokens, device=device)
-    lengths = torch.full((count,), max_tokens, device=device)
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
-    rows = torch.arange(count, device=device)  # the completions that are still being written
+    written = tokens, logps, lengths, ended = blank(len(logits), max_tokens, device)
+    rows = torch.arange(len(logits), device=device)  # the completions that are still being written
 
     def step():
         scores = logits.float() / (temperature or 1)
@@ -79,11 +76,11 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
 
         tokens[rows, start : start + size], logps[rows, start : start + size] = drawn, drawn_logps
         stops = torch.isin(drawn, stop)
-        stopped, live = stops.any(1), (~stops.any(1)).nonzero()[:, 0]
+        stopped = stops.any(1)
+        live = (~stopped).nonzero()[:, 0]
         lengths[rows[stopped]], ended[rows[stopped]] = start + 1 + stops[stopped].int().argmax(1), True
         if len(live) == 0:
             break
         cache.batch_select_indices(live)
         rows, logits, mask, position = rows[live], logits[live], mask[live], position[live]
-    tokens, logps, lengths = tokens.cpu(), logps.cpu(), lengths.tolist()
-    return [Completion(tokens[i, :n], logps[i, :n], end) for i, (n, end) in enumerate(zip(lengths, ended.tolist()))]
+    return finished(*written)

@@ -164,13 +164,10 @@ def sample(model, prompts: list[list[int]], group_size: int, *, max_tokens: int,
 def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms) -> list[Completion]:
     """`sample` for prompts that fit together; uniforms (B, max_tokens) in [0, 1), B = prompts x group_size."""
     logits, mask, position, cache = prefill(model, prompts, group_size, max_tokens)
-    device, count, longest = model.device, len(logits), mask.shape[1] - max_tokens
+    device, longest = model.device, mask.shape[1] - max_tokens
     stop = torch.tensor(stop, device=device)
-    tokens = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(count, max_tokens, device=device)
-    lengths = torch.full((count,), max_tokens, device=device)
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
-    rows = torch.arange(count, device=device)  # the completions that are still being written
+    written = tokens, logps, lengths, ended = blank(len(logits), max_tokens, device)
+    rows = torch.arange(len(logits), device=device)  # the completions that are still being written
     for t in range(max_tokens):
         logits = logits.float().div_(temperature or 1)
         if t < min_tokens - 1:
@@ -190,8 +187,7 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
         end = longest + t + 1
         logits = model(input_ids=token[:, None], attention_mask=mask[:, :end], position_ids=position[:, end - 1 : end],
                        past_key_values=cache).logits[:, -1]
-    tokens, logps, lengths = tokens.cpu(), logps.cpu(), lengths.tolist()
-    return [Completion(tokens[i, :n], logps[i, :n], end) for i, (n, end) in enumerate(zip(lengths, ended.tolist()))]
+    return finished(*written)
 
 
 def prefill(model, prompts, group_size, max_tokens):
@@ -206,6 +202,19 @@ def prefill(model, prompts, group_size, max_tokens):
                    past_key_values=cache, logits_to_keep=1).logits[:, -1]
     cache.batch_repeat_interleave(group_size)
     return *(tensor.repeat_interleave(group_size, 0) for tensor in (logits, mask, position)), cache
+
+
+def blank(count, max_tokens, device):
+    """What completions are written into: tokens and log-probs (B, max_tokens), lengths and ended (B,)."""
+    return (torch.zeros(count, max_tokens, dtype=torch.long, device=device),
+            torch.zeros(count, max_tokens, device=device),
+            torch.full((count,), max_tokens, device=device),
+            torch.zeros(count, dtype=torch.bool, device=device))
+
+
+def finished(tokens, logps, lengths, ended) -> list[Completion]:
+    tokens, logps, lengths = tokens.cpu(), logps.cpu(), lengths.tolist()
+    return [Completion(tokens[i, :n], logps[i, :n], end) for i, (n, end) in enumerate(zip(lengths, ended.tolist()))]
 
 
 def draw(logits, uniform):
