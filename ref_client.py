@@ -13,10 +13,11 @@ import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlencode
 
-import requests
 import torch
 import torch.distributed as dist
+import urllib3
 from bottle import request
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save, save_file
@@ -41,26 +42,26 @@ class Reference(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------- log-probs
 
-def ask(method: str, servers: str, path: str, patience: float, accept=200, **options) -> requests.Response:
+def ask(method: str, servers: str, path: str, patience: float, accept=200, body=None) -> urllib3.HTTPResponse:
     """One HTTP exchange with the next one of the servers (addresses with commas between) that answers, tried again for
-    `patience` seconds: its answer, if it is 200 or `accept`. SystemExit says what went wrong."""
+    `patience` seconds: its answer, if it is 200 or `accept`, with its address. SystemExit says what went wrong."""
     headers = {"Authorization": f"Bearer {os.environ.get('REF_TOKEN', '')}"}
     start = now = time.monotonic()
     while now < start + patience:
         urls = [url for url in servers.split(",") if silent_until.get(url, 0) < now] or servers.split(",")
         url, pause = urls[next(turn) % len(urls)], 0.5
         try:
-            timeout = 5, max(1, (start + patience - now) / len(urls))
-            with requests.Session() as session:
-                session.trust_env = False  # a cluster's proxy leads out of it, not to the server
-                response = session.request(method, url + path, headers=headers, timeout=timeout, **options)
-        except requests.RequestException as error:
+            timeout = urllib3.Timeout(connect=5, read=max(1, (start + patience - now) / len(urls)))
+            with urllib3.PoolManager() as pool:
+                response = pool.request(method, url + path, body, headers=headers, timeout=timeout, retries=False)
+        except urllib3.exceptions.HTTPError as error:
             silent_until[url], reason = time.monotonic() + 30, error
         else:
-            if response.status_code in (200, accept):
+            if response.status in (200, accept):
+                response.url = url
                 return response
-            reason = f"{url}{path} answered {response.status_code}: {response.text.strip()}"
-            if response.status_code != 503:
+            reason = f"{url}{path} answered {response.status}: {said(response)}"
+            if response.status != 503:
                 raise SystemExit(reason)
             pause = int(response.headers["Retry-After"])
         time.sleep(pause)
@@ -69,19 +70,23 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, **opt
                    f"python ref_server.py MODEL=...): {reason}")
 
 
+def said(answer: urllib3.HTTPResponse) -> str:
+    return answer.data.decode(errors="replace").strip()
+
+
 def request_logps(servers: str, tokens, prompt_lens, completion_lens, temperature, reference: Reference | None = None,
                   patience=300.0) -> tuple[torch.Tensor, ...]:
     """The reference log-probs of packed rows (see `token_logps`), one float32 tensor a row, from the next of the
     servers (addresses with commas between)."""
     rows = {"tokens": tokens, "prompt_lens": prompt_lens, "completion_lens": completion_lens}
     body = save({name: tensor.to("cpu", torch.int32) for name, tensor in rows.items()})
-    query = {"temperature": temperature, "reference": reference.name if reference else ""}
+    query = urlencode({"temperature": temperature, "reference": reference.name if reference else ""})
     for _ in range(5):
-        answer = ask("POST", servers, "/logps", patience, 409 if reference else 200, params=query, data=body)
-        if answer.status_code == 200:
-            return load(answer.content)["logps"].split(completion_lens.tolist())
-        send(answer.url.rsplit("/", 1)[0], reference)
-    raise SystemExit(f"five times, instead of {reference.name}: {answer.text.strip()}")
+        answer = ask("POST", servers, f"/logps?{query}", patience, 409 if reference else 200, body)
+        if answer.status == 200:
+            return load(answer.data)["logps"].split(completion_lens.tolist())
+        send(answer.url, reference)
+    raise SystemExit(f"five times, instead of {reference.name}: {said(answer)}")
 
 
 def check_servers(servers: str, model, name: str, ids: list[int]) -> None:
@@ -156,13 +161,14 @@ def send(servers: str, reference: Reference, patience=300.0, bytes_at_once: int 
             there = ask("GET", url, "/health", patience).json()["reference"]
             while there != reference.name and start < size:
                 file.seek(start)
-                piece, query = file.read(bytes_at_once), {"start": start, "size": size}
-                answer = ask("PUT", url, f"/weights/{reference.name}", patience, 409, params=query, data=piece)
+                piece = file.read(bytes_at_once)
+                answer = ask("PUT", url, f"/weights/{reference.name}?{urlencode({'start': start, 'size': size})}",
+                             patience, 409, piece)
                 start += len(piece)
-                if answer.status_code == 409:  # the server was killed meanwhile and does not have the beginning
+                if answer.status == 409:  # the server was killed meanwhile and does not have the beginning
                     start, restarts = 0, restarts + 1
                 if restarts > 10:
-                    raise SystemExit(f"{url} does not take the reference {reference.name}: {answer.text.strip()}")
+                    raise SystemExit(f"{url} does not take the reference {reference.name}: {said(answer)}")
 
 
 def accept_weights(app, model, name: str, worker, served: dict, expect) -> None:
