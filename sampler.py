@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 import torch
 from jinja2 import TemplateError
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from layers import RoomyLayer, pack_attention
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the other
 CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}"
                  "{% if add_generation_prompt %}Assistant:{% endif %}")  # for base models that have none
@@ -49,8 +48,8 @@ def load_model(path: str, tokens: int = 0):
         raise SystemExit(f"MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS is over the {longest} tokens of MODEL={path}")
     gc.freeze()  # what has been imported and loaded stays, there is nothing to collect
     if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # else the memory of an activation goes back to the kernel, which has to clear it again for the next one
-        for setting, value in (M_TRIM_THRESHOLD, 2**30), (M_MMAP_THRESHOLD, 2**25), (M_ARENA_MAX, 1):
+        # else the memory of a tensor goes back to the kernel, which has to clear it again for the next one
+        for setting, value in (M_TRIM_THRESHOLD, 2**30), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1):
             libc.mallopt(setting, value)
     return model, tokenizer
 
@@ -58,6 +57,8 @@ def load_model(path: str, tokens: int = 0):
 def add_adapters(model, rank: int, seed: int):
     """LoRA (arXiv 2106.09685) at every linear layer but the LM head: `model` itself changes, and from now on only the
     adapters are trained. What is returned is the same model for saving, as `checkpoint.save` needs it."""
+    from peft import LoraConfig, get_peft_model  # here, because it takes half a second and 13 MB
+
     torch.manual_seed(seed)
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, settings)
