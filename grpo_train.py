@@ -352,8 +352,8 @@ def main():
                     completion_tokens_total=reward_sums["completion_tokens_mean"], stop=processes.stopping.is_set(),
                     advantage_zero_groups=(len(samples) - len(kept)) / GROUP_SIZE)
         metrics = {"step": step, "lr": group["lr"], **report.means(reduce(sums), len(samples) * world),
-                   "grad_norm": float(engine.get_global_grad_norm() or 0), "peak_memory_mb": report.peak_memory_mb(),
-                   "seconds": time.perf_counter() - started,
+                   "grad_norm": float("nan" if (norm := engine.get_global_grad_norm()) is None else norm),
+                   "peak_memory_mb": report.peak_memory_mb(), "seconds": time.perf_counter() - started,
                    **{f"seconds_{name}": seconds[name] for name in ("sample", "reward", "ref_wait", "train")}}
         stop_asked = metrics.pop("stop") > 0
         if EVAL_EVERY and (step % EVAL_EVERY == 0 or step == STEPS):
