@@ -6,15 +6,18 @@ only inside attention they are rows again: `layout` says where. transformers cal
 
 Of the LM head GRPO needs one number for each token of a completion: `HeadLogps` never holds all the logits.
 """
+import warnings
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+recorded = WeakKeyDictionary()  # of each model a decode step, see `next_logits`
 SIMILAR = 0.7  # attention pads rows to the longest of those that are at least so long, relative to the first
 
 
@@ -95,14 +98,20 @@ class RoomyLayer(DynamicLayer):
         return self.tokens
 
     def update(self, keys, values, *_, **__):
-        start, self.tokens = self.tokens, self.tokens + keys.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        states = self.longer(keys.shape[2])
+        for state, new in zip(states, (keys, values)):
+            state[:, :, -keys.shape[2] :] = new
+        return states
+
+    def longer(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values with `count` more tokens at their end, which are still to be written."""
+        self.tokens += count
         if (missing := self.tokens - self.keys.shape[2]) > 0:
             self.keys, self.values = (functional.pad(tensor, (0, 0, 0, missing + self.block))
                                       for tensor in (self.keys, self.values))
-        self.keys[:, :, start : self.tokens], self.values[:, :, start : self.tokens] = keys, values
         return self.keys[:, :, : self.tokens], self.values[:, :, : self.tokens]
 
     def batch_select_indices(self, indices):
@@ -111,6 +120,60 @@ class RoomyLayer(DynamicLayer):
         for tensor in (self.keys, self.values):
             tensor[moved] = tensor[indices[moved]]
         self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
+
+
+class LongerLayer(DynamicLayer):
+    """A layer's keys and values (B, heads, T, D), of which the last token is to be written."""
+
+    def __init__(self, keys, values):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+
+    def update(self, keys, values, *_, **__):
+        self.keys[:, :, -1:], self.values[:, :, -1:] = keys, values
+        return self.keys, self.values
+
+
+class Step(torch.nn.Module):
+    """A decode step as a function of tensors alone: token (B,), mask (B, T), position (B, 1) and each layer's keys and
+    values to logits (B, V)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, token, mask, position, *states):
+        cache = DynamicCache()
+        cache.layers = [LongerLayer(keys, values) for keys, values in zip(states[::2], states[1::2])]
+        return self.model(input_ids=token[:, None], attention_mask=mask[:, None, None] > 0, position_ids=position,
+                          past_key_values=cache).logits[:, -1]
+
+
+def next_logits(model, token, mask, position, cache) -> torch.Tensor:
+    """Logits (B, V) after one more token (B,) of each row; mask (B, T) and position (B, 1) include it, `cache` will.
+
+    On a CPU, where Python would take half of the time, the model's operations are recorded once (by TorchScript) and
+    then repeated, for any B and T. They write to the cache's own tensors and read the parameters as they are now.
+    """
+    ordinary = model.config._attn_implementation == "packed" and all(type(c) is RoomyLayer for c in cache.layers)
+    if model.device.type != "cpu" or not ordinary:
+        return model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
+                     past_key_values=cache).logits[:, -1]
+    inputs = token, mask, position, *(state for layer in cache.layers for state in layer.longer(1))
+    if model not in recorded:
+        recorded[model] = record(Step(model), inputs)
+    with torch.jit.optimized_execution(False):  # it would look for the best way for each T anew
+        return (Step(model) if recorded[model] is None else recorded[model])(*inputs)
+
+
+def record(step: Step, inputs):
+    """The step as TorchScript; None if what it does depends on values, as the choice of an expert may."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        script = torch.jit.trace(step, inputs, check_trace=False)
+    about_shapes = __file__, functional.__file__  # one token a row, so many entries of the vocabulary: always right
+    doubts = [w for w in warned if w.category is torch.jit.TracerWarning and w.filename not in about_shapes]
+    return None if doubts else script
 
 
 class HeadLogps(torch.autograd.Function):

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from layers import RoomyLayer, pack_attention
+from layers import RoomyLayer, next_logits, pack_attention
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the other
@@ -186,8 +186,7 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
         if len(rows) == 0 or t == max_tokens - 1:
             break
         end = longest + t + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask[:, :end], position_ids=position[:, end - 1 : end],
-                       past_key_values=cache).logits[:, -1]
+        logits = next_logits(model, token, mask[:, :end], position[:, end - 1 : end], cache)
     return finished(*written)
 
 

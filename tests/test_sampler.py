@@ -7,12 +7,14 @@ import random
 import arithmetic
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
 from ref_server import token_logps
 from constants import override_constants
+from layers import pack_attention, recorded
 from sampler import draw, load_model, load_prompts, sample, stop_ids
-from test_ref_server import make_model
+from test_ref_server import SHAPE, expected_logps, make_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18, 19]]
 
@@ -39,6 +41,39 @@ def test_log_probs_are_those_of_the_sampled_tokens_at_the_temperature(tiny, temp
         assert completion.ended == (completion.tokens[-1].item() in stop)
         assert completion.ended or len(completion.tokens) == 24
         assert not set(completion.tokens[:-1].tolist()) & set(stop)
+
+
+def largest_difference(model, completions, group_size):
+    """Of the completions' log-probs to those of plain transformers in float64."""
+    lens = [[len(PROMPTS[i // group_size]), len(completion.tokens)] for i, completion in enumerate(completions)]
+    tokens = [torch.cat([torch.tensor(PROMPTS[i // group_size]), c.tokens]) for i, c in enumerate(completions)]
+    expected = expected_logps(model, torch.cat(tokens), *torch.tensor(lens).T, 1.0)
+    return (torch.cat([completion.logps for completion in completions]) - expected).abs().max()
+
+
+def test_a_recorded_step_serves_other_numbers_of_rows_and_tokens_and_new_weights():
+    model = make_model("Qwen2")
+    pack_attention(model)
+    for group_size, max_tokens in (2, 5), (16, 90), (1, 70):
+        completions = sample(model, PROMPTS, group_size, max_tokens=max_tokens, stop=[0], seeds=[1, 2, 3])
+        assert largest_difference(model, completions, group_size) < 2e-5
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.8)
+    assert recorded[model] is not None
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_a_step_whose_operations_depend_on_values_is_not_recorded(experts):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2)
+    model = transformers.MixtralForCausalLM(config).eval()
+    model.set_experts_implementation(experts)
+    pack_attention(model)
+    completions = sample(model, PROMPTS, 4, max_tokens=20, stop=[0], seeds=[1, 2, 3])
+    assert (recorded[model] is None) == (experts == "eager")
+    model.set_experts_implementation("eager")  # the other one is not for float64
+    assert largest_difference(model, completions, 4) < 2e-5
 
 
 def test_eos_counts_when_pad_is_eos(tiny):
