@@ -1,10 +1,12 @@
-"""The parts of a model that GRPO can do with less work than a general trainer: attention, its cache, the LM head.
+"""What GRPO can do with less work than a general trainer: attention, its cache, a decode step, the LM head.
 
 The rows of a batch differ in length, and those of a group begin with the same prompt. As a rectangle, half of what the
 linear layers compute could be padding and prompts again. So the model is given every token once, as one long row, and
 only inside attention they are rows again: `layout` says where. transformers calls `attention` in every layer.
 
 Of the LM head GRPO needs one number for each token of a completion: `HeadLogps` never holds all the logits.
+
+On a CPU a decode step takes as long in Python as in its operations: `next_logits` records these and repeats them.
 """
 import warnings
 from typing import NamedTuple
@@ -152,8 +154,7 @@ class Step(torch.nn.Module):
 def next_logits(model, token, mask, position, cache) -> torch.Tensor:
     """Logits (B, V) after one more token (B,) of each row; mask (B, T) and position (B, 1) include it, `cache` will.
 
-    On a CPU, where Python would take half of the time, the model's operations are recorded once (by TorchScript) and
-    then repeated, for any B and T. They write to the cache's own tensors and read the parameters as they are now.
+    On a CPU the model's operations are recorded once (by TorchScript) and repeated, for any B and T. They write to the cache's own tensors and read the parameters as they are now.
     """
     ordinary = model.config._attn_implementation == "packed" and all(type(c) is RoomyLayer for c in cache.layers)
     if model.device.type != "cpu" or not ordinary:

@@ -60,7 +60,11 @@ def test_a_recorded_step_serves_other_numbers_of_rows_and_tokens_and_new_weights
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.8)
+    with_it = sample(model, PROMPTS, 4, max_tokens=40, stop=[0], seeds=[1, 2, 3])
     assert recorded[model] is not None
+    recorded[model] = None
+    without = sample(model, PROMPTS, 4, max_tokens=40, stop=[0], seeds=[1, 2, 3])
+    assert all(torch.equal(one.logps, other.logps) for one, other in zip(with_it, without))
 
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
