@@ -154,7 +154,8 @@ class Step(torch.nn.Module):
 def next_logits(model, token, mask, position, cache) -> torch.Tensor:
     """Logits (B, V) after one more token (B,) of each row; mask (B, T) and position (B, 1) include it, `cache` will.
 
-    On a CPU the model's operations are recorded once (by TorchScript) and repeated, for any B and T. They write to the cache's own tensors and read the parameters as they are now.
+    On a CPU the model's operations are recorded once (by TorchScript) and repeated, for any B and T. They write to the
+    cache's own tensors and read the parameters as they are now.
     """
     ordinary = model.config._attn_implementation == "packed" and all(type(c) is RoomyLayer for c in cache.layers)
     if model.device.type != "cpu" or not ordinary:
