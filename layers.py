@@ -158,7 +158,7 @@ def next_logits(model, token, mask, position, cache) -> torch.Tensor:
     cache's own tensors and read the parameters as they are now.
     """
     ordinary = model.config._attn_implementation == "packed" and all(type(c) is RoomyLayer for c in cache.layers)
-    if model.device.type != "cpu" or not ordinary:
+    if token.device.type != "cpu" or not ordinary:
         return model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
                      past_key_values=cache).logits[:, -1]
     inputs = token, mask, position, *(state for layer in cache.layers for state in layer.longer(1))
