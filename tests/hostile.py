@@ -103,7 +103,7 @@ def judge(name: str, outcomes: list) -> None:
 
 def main(threads: int, names) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rewards.ask_judge("1", "1")  # starts the process that imports math-verify, half a second, once in a run
+    rewards.ask_judge("1", "1")  # starts the process that imports math-verify, two seconds, once in a run
     outcomes = []
     for name in names:
         started = [threading.Thread(target=judge, args=(name, outcomes)) for _ in range(threads)]

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -175,6 +176,27 @@ def test_a_nursery_that_was_killed_is_replaced():
     os.killpg(rewards.nursery[0].pid, signal.SIGKILL)
     rewards.nursery[0].wait(5)
     assert rewards.ask_judge("1/2", "2/4")
+
+
+def test_a_right_answer_is_not_lost_when_the_machine_stalls():
+    assert rewards.ask_judge("1", "1")
+    group, verdicts, end = rewards.nursery[0].pid, [], threading.Event()
+
+    def ask():
+        while not end.is_set():
+            root = len(verdicts) + 2
+            verdicts.append(rewards.ask_judge(rf"\sqrt{{{root**2}}}/4", f"{root}/4"))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for _ in range(4):  # a child is at work nearly all the time, so that at least one is stopped half way
+        time.sleep(0.2)
+        os.killpg(group, signal.SIGSTOP)
+        time.sleep(1.5)
+        os.killpg(group, signal.SIGCONT)
+    end.set()
+    asking.join(30)
+    assert len(verdicts) > 4 and all(verdicts)
 
 
 # ------------------------------------------------------------------------------------------------- the labelled set
