@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -121,6 +122,7 @@ def main():
     if os.path.exists(f"{OUTPUT_DIR}/model"):
         print(f"{OUTPUT_DIR} is already there")
         return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this at once, as long as there is nothing to clean up
     torch.set_num_threads(2)  # sums depend on the number of threads, and the files are to depend on SEED alone
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
@@ -130,6 +132,7 @@ def main():
     model = make_model(tokenizer)
     warm_up(model, tokenizer, train, rng)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     Path(OUTPUT_DIR).parent.mkdir(parents=True, exist_ok=True)
     unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=Path(OUTPUT_DIR).parent)
     try:
