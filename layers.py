@@ -178,6 +178,35 @@ def record(step: Step, inputs):
     return None if doubts else script
 
 
+class UsedTwice(torch.autograd.Function):
+    """An embedding (V, H) that is the LM head too: for the head, for the body. The body's gradient, of few tokens, goes
+    into that of the head, sums in the order of a dense one; as another (V, H) it would be the peak of the memory."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad_head, grad_body):
+        tokens, place = grad_body._indices()[0].unique(return_inverse=True)
+        sums = torch.ops.aten.embedding_dense_backward(grad_body._values(), place, len(tokens), -1, False)
+        return grad_head.index_add_(0, tokens, sums)
+
+
+def tied(model) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """An embedding that is trained, and is the LM head too: itself for the head, and by its name for the body's call.
+
+    Nothing for other models, and with ZeRO 3, where a module's parameters are there only while it is at work.
+    """
+    embedding, weight = model.get_input_embeddings(), next(model.get_output_embeddings().parameters())
+    shared = any(parameter is weight for parameter in embedding.parameters()) and not hasattr(weight, "ds_id")
+    if not (shared and weight.requires_grad and torch.is_grad_enabled()):
+        return None, {}
+    embedding.sparse = True  # its gradient
+    for_head, for_body = UsedTwice.apply(weight)
+    return for_head, {next(name for name, p in model.base_model.named_parameters() if p is weight): for_body}
+
+
 class HeadLogps(torch.autograd.Function):
     """Log-probs (C,) of `targets` (C,) after hidden (C, H), by the LM head: weight (V, H), bias (V,) or None.
 

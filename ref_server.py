@@ -29,9 +29,10 @@ import bottle
 import torch
 import waitress
 from safetensors.torch import load, save
+from torch.func import functional_call
 
 from constants import override_constants
-from layers import HeadLogps, layout
+from layers import HeadLogps, layout, tied
 from ref_client import accept_weights, unreadable
 from sampler import load_model, micro_batches
 
@@ -59,19 +60,20 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     is_completion = is_token & (position >= prompt_lens[:, None])
     rows = torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_token, tokens.long())
     where = layout(rows, prompt_lens, lens)
-    if model.config._attn_implementation == "packed":
-        mask = tokens.new_empty(1, 1, 0, 0)  # for transformers not to make one of N x N
-        hidden = model.base_model(
-            input_ids=rows[where.computed][None], position_ids=position.expand_as(rows)[where.computed][None],
-            attention_mask=mask, layout=where, use_cache=False).last_hidden_state[0]  # (N, H)
-    else:
-        hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state[where.computed]
+    embedding, replaced = tied(model)
+    packed, inputs = model.config._attn_implementation == "packed", {"input_ids": rows}
+    if packed:
+        inputs = {"input_ids": rows[where.computed][None], "layout": where,
+                  "position_ids": position.expand_as(rows)[where.computed][None],
+                  "attention_mask": tokens.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
+    hidden = functional_call(model.base_model, replaced, kwargs=inputs | {"use_cache": False}).last_hidden_state
+    hidden = hidden[0] if packed else hidden[where.computed]  # (N, H)
     hidden = hidden[where.number[:, :-1][is_completion[:, 1:]]]  # (C, H): position t predicts token t + 1
 
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     scale = getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1) / temperature  # Cohere, Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    weight, bias = head.weight, getattr(head, "bias", None)
+    weight, bias = head.weight if embedding is None else embedding, getattr(head, "bias", None)
     return HeadLogps.apply(hidden, weight, bias, rows[is_completion], scale, cap, LOGITS_PER_TILE)
 
 

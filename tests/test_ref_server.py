@@ -16,6 +16,7 @@ import requests
 import torch
 import transformers
 from safetensors.torch import load, save
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fuzz_wire
 import load as load_test
@@ -108,10 +109,11 @@ def test_log_probs_are_those_of_plain_transformers(family):
                 assert (ours - expected_logps(model, *rows, temperature)).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_plain_transformers(family, monkeypatch):
+def test_gradients_are_those_of_plain_transformers(family, tied, monkeypatch):
     monkeypatch.setattr(ref_server, "LOGITS_PER_TILE", 1000)  # ten tiles
-    model, rows = make_model(family), make_groups()
+    model, rows = make_model(family, tie_word_embeddings=tied), make_groups()
     weights = torch.linspace(-1, 2, rows[2].sum())
     pack_attention(model)
     (token_logps(model, *rows, 0.7) * weights).sum().backward()
@@ -120,6 +122,32 @@ def test_gradients_are_those_of_plain_transformers(family, monkeypatch):
     (plain_logps(exact, *rows, 0.7) * weights).sum().backward()
     for (name, ours), plain in zip(model.named_parameters(), exact.parameters()):
         assert (ours.grad - plain.grad).norm() <= 2e-5 * plain.grad.norm() + 1e-6, name
+
+
+class Made(TorchDispatchMode):
+    """The storages of this shape that operations put out."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.made = shape, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and out.layout == torch.strided and out.shape == self.shape:
+            self.made.add(out.untyped_storage().data_ptr())
+        return out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_tied_embedding_has_one_dense_gradient(packed):
+    model = make_model("Qwen2", tie_word_embeddings=True)
+    if packed:
+        pack_attention(model)
+    loss = token_logps(model, *make_groups()).sum()
+    with Made(model.lm_head.weight.shape) as seen:
+        loss.backward()
+    weight = model.lm_head.weight
+    assert seen.made == {tensor.untyped_storage().data_ptr() for tensor in (weight, weight.grad)}
 
 
 def test_each_token_is_computed_once_and_a_groups_prompt_too():
