@@ -52,8 +52,8 @@ def reward_correct(completions, answer, **columns) -> list[float]:
 def check_answers(answer, **columns) -> None:
     """ValueError at the first gold answer that says nothing, so that no completion could ever be right."""
     for row, gold in enumerate(map(gold_answer, answer), start=1):
-        if not 0 < len(clean(gold[:LONGEST_ANSWER])) < LONGEST_ANSWER:
-            raise ValueError(f"row {row}: the answer {gold!r} cannot be parsed as a number, mathematics or words")
+        if len(gold) > LONGEST_ANSWER or not clean(gold):
+            raise ValueError(f"row {row}: the answer {gold[:50]!r} cannot be parsed, or is over {LONGEST_ANSWER} characters")
 
 
 reward_correct.check = check_answers
@@ -233,7 +233,7 @@ def last_latex(text: str) -> str | None:
 @lru_cache(maxsize=10000)
 def is_equal(gold: str, answer: str | None) -> bool:
     """Whether the answer means the same as the gold answer (see answers.py); what needs math-verify goes to a judge."""
-    if not answer or len(answer) > LONGEST_ANSWER:
+    if not answer or max(len(gold), len(answer)) > LONGEST_ANSWER:
         return False
     try:
         return same(gold, answer, too_dangerous_here)
