@@ -180,7 +180,7 @@ def record(step: Step, inputs):
 
 class UsedTwice(torch.autograd.Function):
     """An embedding (V, H) that is the LM head too: one for the head, one for the body. The body's gradient, of few
-    tokens, is added to the head's, in the order of a dense one; as another (V, H) it would be the peak of the memory."""
+    tokens, is added to the head's, in the order of a dense one; another (V, H) would be the peak of the memory."""
 
     @staticmethod
     def forward(ctx, weight):

@@ -53,7 +53,7 @@ def check_answers(answer, **columns) -> None:
     """ValueError at the first gold answer that says nothing, so that no completion could ever be right."""
     for row, gold in enumerate(map(gold_answer, answer), start=1):
         if len(gold) > LONGEST_ANSWER or not clean(gold):
-            raise ValueError(f"row {row}: the answer {gold[:50]!r} cannot be parsed, or is over {LONGEST_ANSWER} characters")
+            raise ValueError(f"row {row}: the answer {gold!r:.50} cannot be parsed or is over {LONGEST_ANSWER} letters")
 
 
 reward_correct.check = check_answers

@@ -219,7 +219,7 @@ def test_a_gold_answer_that_cannot_be_parsed_is_an_error():
     with pytest.raises(ValueError, match="row 2: the answer '#' cannot be parsed"):
         check_answers(["3", "#"])
     long = "1, " * 30_000
-    with pytest.raises(ValueError, match="row 1: the answer '1, 1, .* over 1000 characters"):
+    with pytest.raises(ValueError, match="row 1: the answer '1, 1, .* over 1000 letters"):
         check_answers([long])
     assert reward_correct([answered("1")], answer=[long]) == [-1.0]
     with pytest.raises(SystemExit, match="reward_correct cannot judge the data set: row 1"):
