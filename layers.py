@@ -198,13 +198,14 @@ def tied(model) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
 
     Nothing for other models, and with ZeRO 3, where a module's parameters are there only while it is at work.
     """
-    embedding, weight = model.get_input_embeddings(), next(model.get_output_embeddings().parameters())
-    shared = any(parameter is weight for parameter in embedding.parameters()) and not hasattr(weight, "ds_id")
-    if not (shared and weight.requires_grad and torch.is_grad_enabled()):
-        return None, {}
-    embedding.sparse = True  # its gradient
-    for_head, for_body = UsedTwice.apply(weight)
-    return for_head, {next(name for name, p in model.base_model.named_parameters() if p is weight): for_body}
+    weight = next(model.get_output_embeddings().parameters())
+    trained = torch.is_grad_enabled() and weight.requires_grad and not hasattr(weight, "ds_id")
+    for name, parameter in model.base_model.named_parameters() if trained else ():
+        if parameter is weight:
+            model.get_input_embeddings().sparse = True  # its gradient
+            for_head, for_body = UsedTwice.apply(weight)
+            return for_head, {name: for_body}
+    return None, {}
 
 
 class HeadLogps(torch.autograd.Function):
