@@ -35,21 +35,36 @@ def columns(rows: list[dict]) -> dict[str, list]:
     return {name: [row["columns"][name] for row in rows] for name in (rows[0]["columns"] if rows else [])}
 
 
-def score(rewards: dict, rows: list[dict], completions: list, tokenizer):
-    """The completions as text, EOS cut off; their rewards by function (F, B), None as NaN; their steps, F lists of B;
-    the weighted sum of all functions (B,), and of those without steps (B,); sums to log."""
-    texts = [tokenizer.decode(completion.tokens[: -1 if completion.ended else None]) for completion in completions]
-    ids = [completion.tokens.tolist() for completion in completions]
-    prompts = [row["text"] for row in rows]
-    values, steps = compute_rewards(rewards, texts, prompts=prompts, completion_ids=ids, **columns(rows))
-    values = torch.tensor(values, dtype=torch.float64)
-    weighted = values * torch.tensor(list(rewards.values()))[:, None]
-    totals, outcomes = weighted.nansum(0), weighted[[not any(row) for row in steps]].nansum(0)
-    sums = {"reward": totals.sum(), "accuracy": (values[0] > 0).sum(), "completion_tokens_mean": sum(map(len, ids)),
-            "truncated_frac": sum(not completion.ended for completion in completions)}
-    for function, row in zip(rewards, values):
-        sums |= {f"reward/{function.__name__}": row.nansum(), f"count reward/{function.__name__}": (~row.isnan()).sum()}
-    return texts, values, steps, totals, outcomes, sums
+def score(rewards: dict, rows: list[dict], completions: list, tokenizer) -> list[dict]:
+    """Samples: completions of the prompts in `rows`, one of each, and what they are worth.
+
+    The token ids `prompt` and `completion`, tensors; `sampler_logps`; `length`, of both; `ended`; the `text`, EOS cut
+    off; by function a number in `rewards`, None as NaN, and a list in `steps`; the weighted sums `total`, of all
+    functions, and `outcome`, of those that did not judge its steps.
+    """
+    samples = [{"prompt": torch.tensor(row["ids"]), "completion": completion.tokens, "sampler_logps": completion.logps,
+                "length": len(row["ids"]) + len(completion.tokens), "ended": completion.ended,
+                "text": tokenizer.decode(completion.tokens[: -1 if completion.ended else None])}
+               for row, completion in zip(rows, completions)]
+    values, steps = compute_rewards(
+        rewards, [one["text"] for one in samples], prompts=[row["text"] for row in rows],
+        completion_ids=[one["completion"].tolist() for one in samples], **columns(rows))
+    for one, its_values, its_steps in zip(samples, zip(*values), zip(*steps)):
+        parts = [0.0 if isnan(value) else weight * value for value, weight in zip(its_values, rewards.values())]
+        one |= {"rewards": its_values, "steps": its_steps, "total": sum(parts),
+                "outcome": sum(part for part, function_steps in zip(parts, its_steps) if not function_steps)}
+    return samples
+
+
+def tally(rewards: dict, samples: list[dict]) -> dict[str, float]:
+    """Sums to log, see `report.means`."""
+    sums = {"reward": sum(one["total"] for one in samples), "accuracy": sum(one["rewards"][0] > 0 for one in samples),
+            "completion_tokens_mean": sum(len(one["completion"]) for one in samples),
+            "truncated_frac": sum(not one["ended"] for one in samples)}
+    for number, function in enumerate(rewards):
+        values = [value for one in samples if not isnan(value := one["rewards"][number])]
+        sums |= {f"reward/{function.__name__}": sum(values), f"count reward/{function.__name__}": len(values)}
+    return sums
 
 
 def evaluate(draw, tokenizer, rewards: dict, rows: list[dict], **options) -> dict[str, float]:
@@ -59,7 +74,7 @@ def evaluate(draw, tokenizer, rewards: dict, rows: list[dict], **options) -> dic
     """
     mine = rows[dist.get_rank() :: dist.get_world_size()]
     completions = draw([row["ids"] for row in mine], 1, temperature=0, **options)
-    *_, sums = score(rewards, mine, completions, tokenizer)
+    sums = tally(rewards, score(rewards, mine, completions, tokenizer))
     means = report.means(reduce(sums), len(rows))
     return {f"eval_{name.removeprefix('completion_')}": value for name, value in means.items()}
 
@@ -129,15 +144,15 @@ def complete_all(name: str, rewards: dict, constants: dict) -> dict[int, list[di
 def judged(name: str, rewards: dict, rows: list[dict], completions: list, tokenizer) -> list[dict]:
     """The rows of evaluation.jsonl for these completions. Of the right form is what a reward with "format" in its name
     gives more than 0."""
-    texts, values, _, totals, _, _ = score(rewards, rows, completions, tokenizer)
     functions, answers = [function.__name__ for function in rewards], []
     form = next((i for i, function in enumerate(functions) if "format" in function), None)
-    for row, completion, text, its_values, total in zip(rows, completions, texts, values.T.tolist(), totals.tolist()):
+    for row, one in zip(rows, score(rewards, rows, completions, tokenizer)):
         answers.append({
             "model": name, "problem": row["number"], "prompt": row["text"], "columns": row["columns"],
-            "completion": text, "accuracy": its_values[0] > 0, "reward": total, "tokens": len(completion.tokens),
-            "cut_off": not completion.ended, **({} if form is None else {"format": its_values[form] > 0}),
-            "rewards": {function: None if isnan(v) else v for function, v in zip(functions, its_values)}})
+            "completion": one["text"], "accuracy": one["rewards"][0] > 0, "reward": one["total"],
+            "tokens": len(one["completion"]), "cut_off": not one["ended"],
+            **({} if form is None else {"format": one["rewards"][form] > 0}),
+            "rewards": {function: None if isnan(v) else v for function, v in zip(functions, one["rewards"])}})
     return answers
 
 

@@ -12,9 +12,7 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicLayer
 
 from layers import RoomyLayer
-from sampler import Completion, blank, draw, finished, prefill
-
-BLOCK = 64  # tokens from one recording to the next
+from sampler import BLOCK, blank, draw, finished, prefill
 
 
 class FixedLayer(DynamicLayer):
@@ -32,7 +30,7 @@ class FixedLayer(DynamicLayer):
 
 
 @torch.inference_mode()
-def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms) -> list[Completion]:
+def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms):
     """As `sampler.decode`. SystemExit if the model has layers with another cache than one of all tokens."""
     logits, mask, position, cache = prefill(model, prompts, group_size, max_tokens)
     if not all(type(layer) is RoomyLayer for layer in cache.layers):
@@ -41,7 +39,7 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
     device, longest = model.device, mask.shape[1] - max_tokens
     stop = torch.tensor(stop, device=device)
     written = tokens, logps, lengths, ended = blank(len(logits), max_tokens, device)
-    rows = torch.arange(len(logits), device=device)  # the completions that are still being written
+    rows, told = torch.arange(len(logits), device=device), set()  # the completions that are still being written
 
     def step():
         scores = logits.float() / (temperature or 1)
@@ -79,8 +77,9 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
         stopped = stops.any(1)
         live = (~stopped).nonzero()[:, 0]
         lengths[rows[stopped]], ended[rows[stopped]] = start + 1 + stops[stopped].int().argmax(1), True
-        if len(live) == 0:
+        last = len(live) == 0 or start + size == max_tokens
+        yield finished(written, group_size, rows[:0] if last else rows[live], told)
+        if last:
             break
         cache.batch_select_indices(live)
         rows, logits, mask, position = rows[live], logits[live], mask[live], position[live]
-    return finished(*written)

@@ -29,7 +29,7 @@ import graph_sampler
 import processes
 import report
 from constants import check_constants, override_constants
-from evaluation import columns, compare, evaluate, score
+from evaluation import columns, compare, evaluate, score, tally
 from processes import reduce
 from ref_client import check_servers, renew_reference, request_logps
 from ref_server import token_logps
@@ -107,6 +107,8 @@ DS_CONFIG = {
     "csv_monitor": {"enabled": "csv" in TRACKERS, "output_path": OUTPUT_DIR, "job_name": "csv"},
 }
 
+judges, requests = ThreadPoolExecutor(1), ThreadPoolExecutor(8)  # rewards one after the other, the reference at once
+
 
 class Policy(torch.nn.Module):
     """The model as a function from packed rows to log-probs, so that DeepSpeed sees the whole forward pass."""
@@ -144,26 +146,33 @@ def token_weights(lengths: list[int], tokens_in_step: float) -> list[float]:
     grpo: 1 / (length * completions), the mean over a completion's tokens, then over completions (DeepSeekMath, eq. 3).
     dr_grpo: 1 / (MAX_COMPLETION_TOKENS * completions), no preference for short ones (arXiv 2503.20783, section 3.2).
     dapo, bnpo, cispo: 1 / (tokens of the step), the mean over all of them (DAPO, arXiv 2503.14476, eq. 12).
+    A length of 0 is that of a completion that teaches nothing.
     """
     completions = PROMPTS_PER_STEP * GROUP_SIZE
     for_all = MAX_COMPLETION_TOKENS * completions if LOSS_TYPE == "dr_grpo" else max(1, tokens_in_step)
-    return [1 / (length * completions if LOSS_TYPE == "grpo" else for_all) for length in lengths]
+    return [1 / (length * completions if LOSS_TYPE == "grpo" else for_all) if length else 0.0 for length in lengths]
 
 
-def set_advantages(samples: list[dict], outcomes: torch.Tensor, steps: list, weights, batch_std, tokenizer):
+def set_advantages(samples: list[dict], weights, tokenizer, batch_std: float | None = None) -> None:
     """The advantage of each token (T,) of a group's samples.
 
-    That of the completion's outcome, normalised from the rewards (G,); and of each reward function that judges steps
-    (G lists of (end_character, reward)) its weight times the sum of the rewards, normalised over all steps of the
-    group, of the steps that end at or after the token: process supervision, DeepSeekMath, section 4.1.3.
+    That of the completion's `outcome`, normalised in the group; and for each reward function that judges steps
+    ([(end_character, reward), ...] in `steps`) its weight times the sum of the rewards, normalised over all steps of
+    the group, of the steps that end at or after the token: process supervision, DeepSeekMath, section 4.1.3.
     """
-    for sample_, advantage in zip(samples, group_advantages(outcomes[None], batch_std)[0].tolist()):
+    outcomes = torch.tensor([[sample_["outcome"] for sample_ in samples]], dtype=torch.float64)
+    for sample_, advantage in zip(samples, group_advantages(outcomes, batch_std)[0].tolist()):
         sample_["advantage"] = torch.full((len(sample_["completion"]),), advantage)
-    for group_steps, weight in zip(steps, weights):
-        flat = [(sample_, *step) for sample_, its_steps in zip(samples, group_steps) for step in its_steps]
+    for function, weight in enumerate(weights):
+        flat = [(sample_, *step) for sample_ in samples for step in sample_["steps"][function]]
         rewards = torch.tensor([[reward for *_, reward in flat]], dtype=torch.float64)
         for (sample_, end, _), advantage in zip(flat, group_advantages(rewards)[0].tolist() if flat else []):
             sample_["advantage"][: tokens_until(tokenizer, sample_["completion"], end)] += weight * advantage
+
+
+def with_signal(groups: list[list[dict]]) -> list[dict]:
+    """The samples of all groups but those whose advantages are all zero, which have nothing to teach."""
+    return [sample_ for group in groups if any(one["advantage"].any() for one in group) for sample_ in group]
 
 
 def GRPO_step(logps: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
@@ -205,20 +214,37 @@ def GRPO_step(logps: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict[str,
 
 # ------------------------------------------------------------------------------------------------- around the loop
 
-def make_batches(samples: list[dict], kept: list[dict], device, reference_logps) -> list[dict]:
-    """Micro-batches for `GRPO_step` of the samples that have a signal; their reference log-probs are on the way.
+def judge(places, completions, prompts, groups, rewards, tokenizer, reference) -> None:
+    """Puts completions of the prompts at these places, as samples with rewards and advantages, into the groups there.
+
+    The reference log-probs of those with a signal are on the way then, and in the end what `ref_logps` returns.
+    """
+    samples = score(rewards, [prompts[place] for place in places for _ in range(GROUP_SIZE)], completions, tokenizer)
+    judged = [samples[start : start + GROUP_SIZE] for start in range(0, len(samples), GROUP_SIZE)]
+    for place, group in zip(places, judged):
+        set_advantages(group, rewards.values(), tokenizer)
+        groups[place] = group
+    for batch in micro_batches(with_signal(judged), MICRO_BATCH_TOKENS) if BETA else []:
+        answer = requests.submit(request_logps, REF_SERVER, *pack(batch), TEMPERATURE, reference)
+        for number, sample_ in enumerate(batch):
+            sample_["ref_logps"] = lambda answer=answer, number=number: answer.result()[number]
+
+
+def make_batches(samples: list[dict], kept: list[dict], device) -> list[dict]:
+    """Micro-batches for `GRPO_step` of the samples that are kept.
 
     Each backward pass may be a collective operation, so every process makes as many: those with fewer micro-batches
-    fill up with one of weight zero.
+    fill up with one of weight zero, to which any reference is as good.
     """
     batches = micro_batches(kept, MICRO_BATCH_TOKENS)
     most = reduce({"batches": len(batches)}, dist.ReduceOp.MAX)["batches"]
     filler = min(samples, key=lambda sample_: sample_["length"])
-    batches += [[{**filler, "weight": 0 * filler["weight"]}]] * int(max(1, most) - len(batches))
+    nothing = {"weight": 0 * filler["weight"], "ref_logps": lambda: filler["sampler_logps"]}
+    batches += [[filler | nothing]] * int(max(1, most) - len(batches))
     names = ["advantage", "weight", *(["sampler_logps"] if SAMPLER == "vllm" else [])]
-    return [{"rows": [tensor.to(device) for tensor in rows], "answer": reference_logps(*rows) if BETA else None,
+    return [{"samples": batch, "rows": [tensor.to(device) for tensor in pack(batch)],
              **{name: torch.cat([sample_[name] for sample_ in batch]).to(device) for name in names}}
-            for batch, rows in zip(batches, map(pack, batches))]
+            for batch in batches]
 
 
 def add_gradients(engine, batches: list[dict], seconds: Counter) -> Counter:
@@ -229,7 +255,7 @@ def add_gradients(engine, batches: list[dict], seconds: Counter) -> Counter:
             logps = engine(*batch["rows"])
         if BETA and "ref_logps" not in batch:
             with report.timed(seconds, "ref_wait"):  # the server was at work during the forward pass
-                batch["ref_logps"] = torch.cat(batch["answer"].result()).to(engine.device)
+                batch["ref_logps"] = torch.cat([one["ref_logps"]() for one in batch["samples"]]).to(engine.device)
         with report.timed(seconds, "train"):
             loss, batch_sums = GRPO_step(logps, batch)
             engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over processes, the loss is a sum
@@ -286,7 +312,7 @@ def main():
     engine.basic_optimizer.register_step_pre_hook(drop_bad_gradients)
     engine.enable_backward_allreduce = world > 1 or ZERO_STAGE > 0  # alone there is nothing to add up
     engine.monitor.enabled = False  # for DeepSpeed's own events, which count something else than steps
-    background, reference, skipped = ThreadPoolExecutor(8), None, 0
+    reference, skipped = None, 0
     if last:
         checkpoint.load(engine, OUTPUT_DIR, last)
     else:
@@ -309,32 +335,31 @@ def main():
         numbers = range((step - 1) * PROMPTS_PER_STEP, step * PROMPTS_PER_STEP)[rank::world]
         prompts = [train[epoch_order(n // len(train), len(train))[n % len(train)]] for n in numbers]
 
-        # 2. A group of completions for each prompt.
+        # 2. A group of completions for each prompt. Those that are finished are judged while others are being written.
+        groups, judged = [None] * len(prompts), []
         with report.timed(seconds, "sample"), ready():
-            completions = draw(
-                [prompt["ids"] for prompt in prompts], GROUP_SIZE, temperature=TEMPERATURE,
-                min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers], **limits)
-        rows = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
-        counts = reduce({"tokens": sum(len(c.tokens) for c in completions if c.ended or not MASK_TRUNCATED)})
-        weights = token_weights([len(completion.tokens) for completion in completions], counts["tokens"])
-        samples = [{"prompt": torch.tensor(row["ids"]), "completion": completion.tokens,
-                    "sampler_logps": completion.logps, "length": len(row["ids"]) + len(completion.tokens),
-                    "weight": torch.full((len(completion.tokens),), weight * (completion.ended or not MASK_TRUNCATED))}
-                   for row, completion, weight in zip(rows, completions, weights)]
-
-        # 3. Rewards, and from them advantages. A group whose advantages are all zero has nothing to teach.
+            draw([prompt["ids"] for prompt in prompts], GROUP_SIZE, temperature=TEMPERATURE,
+                 min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers], **limits,
+                 done=lambda *finished: judged.append(judges.submit(
+                     judge, *finished, prompts, groups, rewards, tokenizer, reference)))
         with report.timed(seconds, "reward"):
-            texts, values, steps, totals, outcomes, reward_sums = score(rewards, rows, completions, tokenizer)
-        kept, batch_std = [], spread(outcomes) if ADVANTAGE_SCALE == "batch" else None
-        for start in range(0, len(samples), GROUP_SIZE):
-            group = slice(start, start + GROUP_SIZE)
-            group_steps = [row[group] for row in steps]
-            set_advantages(samples[group], outcomes[group], group_steps, rewards.values(), batch_std, tokenizer)
-            kept += samples[group] if any(s["advantage"].any() for s in samples[group]) else []
+            for part in judged:
+                part.result()
+        samples = [sample_ for group in groups for sample_ in group]
 
-        # 4. The reference model's log-probs of the others, in the background.
-        batches = make_batches(samples, kept, engine.device, lambda *rows: background.submit(
-            request_logps, REF_SERVER, *rows, TEMPERATURE, reference))
+        # 3. What depends on all of the step: how much a token weighs, and the batch's standard deviation.
+        lengths = [len(one["completion"]) if one["ended"] or not MASK_TRUNCATED else 0 for one in samples]
+        weights = token_weights(lengths, reduce({"tokens": sum(lengths)})["tokens"])
+        for sample_, weight in zip(samples, weights):
+            sample_["weight"] = torch.full_like(sample_["advantage"], weight)
+        if ADVANTAGE_SCALE == "batch":
+            batch_std = spread(torch.tensor([one["outcome"] for one in samples], dtype=torch.float64))
+            for group in groups:
+                set_advantages(group, rewards.values(), tokenizer, batch_std)
+
+        # 4. Micro-batches of the groups that have something to teach.
+        kept = with_signal(groups)
+        batches = make_batches(samples, kept, engine.device)
 
         # 5. The updates: gradients, micro-batch by micro-batch, then AdamW's step.
         for group in engine.optimizer.param_groups:
@@ -348,9 +373,10 @@ def main():
         sums["loss"] /= UPDATES_PER_BATCH
 
         # 6. What there is to say about it.
-        sums.update(reward_sums, reward_std=totals.view(-1, GROUP_SIZE).std(1).sum() * GROUP_SIZE,
-                    completion_tokens_total=reward_sums["completion_tokens_mean"], stop=processes.stopping.is_set(),
-                    advantage_zero_groups=(len(samples) - len(kept)) / GROUP_SIZE)
+        totals = torch.tensor([[one["total"] for one in group] for group in groups], dtype=torch.float64)
+        sums.update(tally(rewards, samples), reward_std=totals.std(1).sum() * GROUP_SIZE,
+                    advantage_zero_groups=(len(samples) - len(kept)) / GROUP_SIZE, stop=processes.stopping.is_set())
+        sums["completion_tokens_total"] = sums["completion_tokens_mean"]
         metrics = {"step": step, "lr": group["lr"], **report.means(reduce(sums), len(samples) * world),
                    "grad_norm": float("nan" if (norm := engine.get_global_grad_norm()) is None else norm),
                    "peak_memory_mb": report.peak_memory_mb(), "seconds": time.perf_counter() - started,
@@ -362,9 +388,10 @@ def main():
         if rank == 0:
             report.log(OUTPUT_DIR, metrics, engine.monitor)
             report.write(OUTPUT_DIR, "completions", [
-                {"step": step, "prompt": row["text"], "completion": text, "advantage": s["advantage"].mean().item(),
-                 **{function.__name__: value for function, value in zip(rewards, column.tolist())}}
-                for row, text, s, column in zip(rows[:GROUP_SIZE], texts, samples, values.T)])
+                {"step": step, "prompt": prompts[0]["text"], "completion": one["text"],
+                 "advantage": one["advantage"].mean().item(),
+                 **{function.__name__: value for function, value in zip(rewards, one["rewards"])}}
+                for one in groups[0]])
             progress.set_postfix_str(report.one_line(metrics), refresh=False)
             progress.update()
         if REF_SYNC_EVERY and step % REF_SYNC_EVERY == 0:

@@ -22,6 +22,7 @@ from layers import RoomyLayer, next_logits, pack_attention
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the other
+BLOCK = 64  # tokens from one look for groups that are finished to the next
 CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}"
                  "{% if add_generation_prompt %}Assistant:{% endif %}")  # for base models that have none
 
@@ -141,34 +142,42 @@ class Completion(NamedTuple):
 
 def sample(model, prompts: list[list[int]], group_size: int, *, max_tokens: int, stop: list[int],
            temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None,
-           decoder=None) -> list[Completion]:
+           decoder=None, done=lambda places, completions: None) -> list[Completion]:
     """`group_size` completions of each prompt, group after group; temperature 0 is greedy and needs no `seeds`.
 
     None ends before `min_tokens` tokens. The model is in eval mode meanwhile: dropout is not part of the policy.
-    `decoder` may be another one than `decode`.
+    `decoder` may be another one than `decode`. `done` is called after every BLOCK tokens, and at the end, with the
+    places of the prompts whose groups have been finished since then, and their completions.
     """
-    was_training, completions = model.training, []
+    was_training, groups = model.training, {}
     model.eval()
     step = max(1, MAX_SEQUENCES // group_size)
-    for some in (slice(start, start + step) for start in range(0, len(prompts), step)):
+    for start in range(0, len(prompts), step):
+        some = slice(start, start + step)
         uniforms = torch.cat([
             torch.rand(group_size, max_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             for seed in seeds[some]]) if temperature else None
-        decoded = (decoder or decode)(
-            model, prompts[some], group_size, max_tokens, stop, temperature, min_tokens, uniforms)
-        completions += [Completion(c.tokens.clone(), c.logps.clone(), c.ended) for c in decoded]  # fit for autograd
+        for decoded in filter(None, (decoder or decode)(
+                model, prompts[some], group_size, max_tokens, stop, temperature, min_tokens, uniforms)):
+            few = {start + place: [Completion(c.tokens.clone(), c.logps.clone(), c.ended) for c in group]
+                   for place, group in decoded.items()}  # copies, which are fit for autograd
+            groups |= few
+            done(list(few), [completion for group in few.values() for completion in group])
     model.train(was_training)
-    return completions
+    return [completion for place in range(len(prompts)) for completion in groups[place]]
 
 
 @torch.inference_mode()
-def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms) -> list[Completion]:
-    """`sample` for prompts that fit together; uniforms (B, max_tokens) in [0, 1), B = prompts x group_size."""
+def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms):
+    """`sample` for prompts that fit together; uniforms (B, max_tokens) in [0, 1), B = prompts x group_size.
+
+    Yields the groups that have been finished since the last time (see `finished`).
+    """
     logits, mask, position, cache = prefill(model, prompts, group_size, max_tokens)
     device, longest = model.device, mask.shape[1] - max_tokens
     stop = torch.tensor(stop, device=device)
     written = tokens, logps, lengths, ended = blank(len(logits), max_tokens, device)
-    rows = torch.arange(len(logits), device=device)  # the completions that are still being written
+    rows, told = torch.arange(len(logits), device=device), set()  # the completions that are still being written
     for t in range(max_tokens):
         logits = logits.float().div_(temperature or 1)
         if t < min_tokens - 1:
@@ -183,11 +192,13 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
             going[stopped[: len(live)]] = live[live >= len(live)]
             cache.batch_select_indices(going)
             rows, token, mask, position = rows[going], token[going], mask[going], position[going]
-        if len(rows) == 0 or t == max_tokens - 1:
+        last = len(rows) == 0 or t == max_tokens - 1
+        if last or t % BLOCK == BLOCK - 1:
+            yield finished(written, group_size, rows[:0] if last else rows, told)
+        if last:
             break
         end = longest + t + 1
         logits = next_logits(model, token, mask[:, :end], position[:, end - 1 : end], cache)
-    return finished(*written)
 
 
 def prefill(model, prompts, group_size, max_tokens):
@@ -212,9 +223,15 @@ def blank(count, max_tokens, device):
             torch.zeros(count, dtype=torch.bool, device=device))
 
 
-def finished(tokens, logps, lengths, ended) -> list[Completion]:
-    tokens, logps, lengths = tokens.cpu(), logps.cpu(), lengths.tolist()
-    return [Completion(tokens[i, :n], logps[i, :n], end) for i, (n, end) in enumerate(zip(lengths, ended.tolist()))]
+def finished(written, group_size, rows, told: set) -> dict[int, list[Completion]]:
+    """The groups, by the prompt's place, without those of which `rows` are still being written and those `told`."""
+    writing, groups = set((rows // group_size).tolist()), {}
+    for place in sorted(set(range(len(written[0]) // group_size)) - writing - told):
+        tokens, logps, lengths, ended = (tensor.unflatten(0, (-1, group_size))[place].cpu() for tensor in written)
+        groups[place] = [Completion(tokens[i, :n], logps[i, :n], end)
+                         for i, (n, end) in enumerate(zip(lengths.tolist(), ended.tolist()))]
+    told.update(groups)
+    return groups
 
 
 def draw(logits, uniform):

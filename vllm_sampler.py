@@ -64,17 +64,27 @@ class Engine:
         self.sleep()
 
     def sample(self, prompts: list[list[int]], group_size: int, *, max_tokens: int, stop: list[int],
-               temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None) -> list[Completion]:
+               temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None,
+               done=lambda places, completions: None) -> list[Completion]:
         """As `sampler.sample`, by the weights that were loaded last; log-probs are those that vLLM sampled from."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        settings = [SamplingParams(
-            n=group_size, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop,
-            seed=seed * group_size, logprobs=0, detokenize=False)  # vLLM counts on from it for the others of the group
-            for seed in seeds or [0] * len(prompts)]
-        answers = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
-        outputs = [output for answer in answers for output in sorted(answer.outputs, key=lambda output: output.index)]
-        logps = [torch.tensor([entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs)])
-                 for output in outputs]
-        return [Completion(torch.tensor(output.token_ids), row, output.finish_reason == "stop")
-                for output, row in zip(outputs, logps)]
+        engine, groups = self.llm.llm_engine, {}
+        for place, (ids, seed) in enumerate(zip(prompts, seeds or [0] * len(prompts))):
+            engine.add_request(str(place), {"prompt_token_ids": ids}, SamplingParams(
+                n=group_size, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens,
+                seed=seed * group_size,  # vLLM counts on from it for the others of the group
+                stop_token_ids=stop, logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY))
+        while engine.has_unfinished_requests():
+            few = {int(answer.request_id): [
+                Completion(torch.tensor(output.token_ids), logps(output), output.finish_reason == "stop")
+                for output in sorted(answer.outputs, key=lambda output: output.index)] for answer in engine.step()}
+            groups |= few
+            if few:
+                done(list(few), [completion for group in few.values() for completion in group])
+        return [completion for place in range(len(prompts)) for completion in groups[place]]
+
+
+def logps(output) -> torch.Tensor:
+    return torch.tensor([entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs)])

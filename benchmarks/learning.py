@@ -46,7 +46,7 @@ def trl(until: float) -> dict:
     from transformers import TrainerCallback
     from trl import GRPOTrainer
 
-    from evaluation import score
+    from evaluation import score, tally
     from grpo_train import SYSTEM_PROMPT
     from rewards import load_rewards, reward_correct, reward_format
     from sampler import load_model, load_prompts, sample, stop_ids
@@ -59,7 +59,8 @@ def trl(until: float) -> dict:
     def judge(model):
         completions = sample(model, [row["ids"] for row in heldout], 1, temperature=0, max_tokens=64,
                              stop=stop_ids(model, tokenizer))
-        return score(rewards, heldout, completions, tokenizer)[-1]["accuracy"].item() / len(heldout)
+        samples = score(rewards, heldout, completions, tokenizer)
+        return tally(rewards, samples)["accuracy"] / len(heldout)
 
     history = []
 

@@ -1,6 +1,7 @@
 """Real launches: the server, the deepspeed launcher, one and two processes, and what is left on the disk."""
 
 import json
+from itertools import chain
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo_train
+from conftest import rows
 from constants import check_constants
 
 METRICS = set(
@@ -15,6 +17,7 @@ METRICS = set(
     clip_low_frac clip_high_frac grad_norm lr completion_tokens_mean completion_tokens_total truncated_frac seconds
     seconds_sample seconds_ref_wait seconds_reward seconds_train peak_memory_mb accuracy""".split()
 )
+TEXTS = "prompt", "completion"
 EVALUATION = {"eval_accuracy", "eval_tokens_mean", "eval_reward", "eval_truncated_frac"}
 
 
@@ -91,6 +94,44 @@ def test_process_supervision_alone_teaches_the_embedded_task(launch, embedded, t
     assert history[0]["eval_accuracy"] <= 0.5 and history[20]["eval_accuracy"] >= 0.9
     assert history[20]["reward"] == history[20]["reward/reward_steps"] > history[1]["reward/reward_steps"]
     assert history[20]["kl"] == 0.0
+
+
+IN_BLOCKS = """
+import runpy, sys, sampler
+sampler.BLOCK = int(sys.argv[1])
+sys.argv[:2] = ["grpo_train.py"]
+runpy.run_path("grpo_train.py", run_name="__main__")
+"""
+COUNTED = """
+def count(completions, **columns):
+    with open({file!r}, "a") as file:
+        print(len(completions), file=file)
+    return [float(len(completion)) for completion in completions]
+"""
+
+
+def test_what_is_judged_while_others_are_written_is_judged_alike(launch, embedded, tmp_path):
+    server = launch("ref_server.py", f"MODEL={embedded}/model", "PORT=0")
+    url = server.wait_for(r"http://127.0.0.1:\d+")[0]
+    found, calls = [], []
+    for block in "1000", "1":
+        folder = tmp_path / block
+        folder.mkdir()
+        (folder / "counted.py").write_text(COUNTED.format(file=str(folder / "calls.txt")))
+        code, text = launch(
+            "-c", IN_BLOCKS, block, *data(embedded), f"REF_SERVER={url}", f"OUTPUT_DIR={folder}/run", "STEPS=2",
+            "REWARDS=reward_correct,0.01*counted:count", "WARMUP_STEPS=0", "BETA=0.1", "EVAL_EVERY=0", "SAVE_EVERY=0",
+            "ADVANTAGE_SCALE=batch", "LOSS_TYPE=dapo", "MASK_TRUNCATED=True", "MAX_COMPLETION_TOKENS=64",
+            env={"PYTHONPATH": str(folder)}).wait(100)
+        assert code == 0, text
+        found.append([rows(folder / "run" / name) for name in ("metrics.jsonl", "completions.jsonl")])
+        calls.append([int(line) for line in (folder / "calls.txt").read_text().split()])
+    assert len(calls[0]) == 2 and len(calls[1]) > 4 and sum(calls[0]) == sum(calls[1]) == 2 * 16 * 8
+    _, first, second = found[1][0]
+    assert 0 <= first["kl"] < 1e-6 < second["kl"]  # with log-probs of another completion it would be large
+    for one, other in zip(*map(chain.from_iterable, found), strict=True):
+        assert [one.pop(name, "") for name in TEXTS] == [other.pop(name, "") for name in TEXTS]
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-7)
 
 
 UPDATES = {  # the constants of an update, and how it may be split; the first way is what the others are compared with

@@ -252,8 +252,9 @@ def test_process_supervision_gives_each_token_the_steps_that_end_at_or_after_it(
     texts = ["12+34=46, 5", "1+1=3", "77"]
     steps = [[(3, 1.0), (8, -0.5), (11, 2.0)], [(5, -1.0)], []]
     outcomes, weight = [1.0, 0.0, 0.5], 0.25
-    samples = [{"completion": torch.tensor(tokenizer(text).input_ids + [tokenizer.eos_token_id])} for text in texts]
-    set_advantages(samples, torch.tensor(outcomes, dtype=torch.float64), [steps], [weight], 1.0, tokenizer)
+    samples = [{"completion": torch.tensor(tokenizer(text).input_ids + [tokenizer.eos_token_id]), "outcome": outcome,
+                "steps": [its_steps]} for text, outcome, its_steps in zip(texts, outcomes, steps)]
+    set_advantages(samples, [weight], tokenizer, 1.0)
 
     rewards = [reward for its_steps in steps for _, reward in its_steps]
     mean, std = statistics.mean(rewards), statistics.stdev(rewards)
@@ -270,8 +271,9 @@ def test_process_supervision_gives_each_token_the_steps_that_end_at_or_after_it(
 
 
 def test_without_steps_every_token_has_the_advantage_of_its_completion(tiny):
-    samples = [{"completion": torch.zeros(n, dtype=torch.long)} for n in (1, 3)]
-    set_advantages(samples, torch.tensor([0.0, 2.0], dtype=torch.float64), [[[], []]], [1.0], 1.0, tiny[1])
+    samples = [{"completion": torch.zeros(n, dtype=torch.long), "outcome": outcome, "steps": [[]]}
+               for n, outcome in ((1, 0.0), (3, 2.0))]
+    set_advantages(samples, [1.0], tiny[1], 1.0)
     advantage = 1 / (math.sqrt(2) + 1e-4)
     assert samples[0]["advantage"].tolist() == pytest.approx([-advantage])
     assert samples[1]["advantage"].tolist() == pytest.approx([advantage] * 3)

@@ -10,6 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
+import graph_sampler
+import sampler
 from ref_server import token_logps
 from constants import override_constants
 from layers import pack_attention, recorded
@@ -104,6 +106,22 @@ def test_more_sequences_than_fit_are_taken_in_slices(tiny, monkeypatch):
     assert [c.tokens.tolist() for c in sample(model, PROMPTS, 4, max_tokens=6, stop=[0], seeds=[1, 2, 3])] == [
         c.tokens.tolist() for c in whole
     ]
+
+
+@pytest.mark.parametrize("module", [sampler, graph_sampler])
+def test_finished_groups_are_passed_on_while_others_are_being_written(tiny, monkeypatch, module):
+    tokens, told = [], []
+    monkeypatch.setattr(module, "BLOCK", 3)
+    monkeypatch.setattr(module, "draw", lambda *arguments: tokens.append(1) or draw(*arguments))
+    options = {"max_tokens": 40, "stop": list(range(0, 320, 10)), "seeds": range(12)}
+    completions = sample(tiny[0], PROMPTS * 4, 2, **options, decoder=module.decode,
+                         done=lambda *finished: told.append((*finished, len(tokens))))
+    assert len(told) > 4 and sorted(place for places, *_ in told for place in places) == list(range(12))
+    for places, passed_on, written in told:
+        assert all(one is other for place, one, other in zip(
+            places, passed_on[::2], (completions[2 * place] for place in places), strict=True))
+        longest = [max(len(one.tokens), len(other.tokens)) for one, other in zip(passed_on[::2], passed_on[1::2])]
+        assert written - 3 < min(longest) <= max(longest) <= written  # not before all of the group, and soon after
 
 
 def test_no_completion_ends_before_min_tokens(tiny):
