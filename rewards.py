@@ -50,7 +50,11 @@ def reward_correct(completions, answer, **columns) -> list[float]:
 
 
 def check_answers(answer, **columns) -> None:
-    """ValueError at the first gold answer that says nothing, so that no completion could ever be right."""
+    """ValueError at the first gold answer that says nothing, so that no completion could ever be right.
+
+    Meanwhile the judge gets ready, which takes seconds: a step of the training would have to wait for it.
+    """
+    threading.Thread(target=ask_judge, args=("1", "1"), daemon=True).start()
     for row, gold in enumerate(map(gold_answer, answer), start=1):
         if len(gold) > LONGEST_ANSWER or not clean(gold):
             raise ValueError(f"row {row}: the answer {gold!r:.50} cannot be parsed or is over {LONGEST_ANSWER} letters")
@@ -278,9 +282,8 @@ def ask_child(gold: str, answer: str | None, seconds: float, clock: float) -> by
         with nursery_lock:
             if nursery is None or nursery[0].poll() is not None:
                 our_end, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                process = subprocess.Popen([sys.executable, __file__], stdin=its_end, start_new_session=True)
+                nursery = subprocess.Popen([sys.executable, __file__], stdin=its_end, start_new_session=True), our_end
                 its_end.close()
-                nursery = process, our_end
             socket.send_fds(nursery[1], [json.dumps([gold, answer, seconds, clock]).encode()], [theirs.fileno()])
         theirs.close()
         ours.settimeout(120)

@@ -171,6 +171,17 @@ def test_no_judge_outlives_a_killed_trainer():
         time.sleep(0.02)
 
 
+def test_the_judge_gets_ready_before_its_first_question():
+    assert is_equal(r"\sin^2 x", r"\sin x \cdot \sin x")
+    os.killpg(rewards.nursery[0].pid, signal.SIGKILL)
+    rewards.nursery[0].wait(5)
+    check_rewards([reward_correct], {"answer": ["3"]})
+    deadline = time.monotonic() + 30
+    while rewards.nursery[0].poll() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_nursery_that_was_killed_is_replaced():
     assert rewards.ask_judge("1/2", "2/4")
     os.killpg(rewards.nursery[0].pid, signal.SIGKILL)
