@@ -172,7 +172,7 @@ def test_no_judge_outlives_a_killed_trainer():
 
 
 def test_the_judge_gets_ready_before_its_first_question():
-    assert is_equal(r"\sin^2 x", r"\sin x \cdot \sin x")
+    assert rewards.ask_judge("1", "1")
     os.killpg(rewards.nursery[0].pid, signal.SIGKILL)
     rewards.nursery[0].wait(5)
     check_rewards([reward_correct], {"answer": ["3"]})
