@@ -214,14 +214,15 @@ def GRPO_step(logps: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict[str,
 
 # ------------------------------------------------------------------------------------------------- around the loop
 
-def judge(places, completions, prompts, groups, rewards, tokenizer, reference) -> None:
-    """Puts completions of the prompts at these places, as samples with rewards and advantages, into the groups there.
+def judge(finished: dict, prompts, groups, rewards, tokenizer, reference) -> None:
+    """Puts groups of completions, by the prompt's place, as samples with rewards and advantages into `groups`.
 
     The reference log-probs of those with a signal are on the way then, and in the end what `ref_logps` returns.
     """
-    samples = score(rewards, [prompts[place] for place in places for _ in range(GROUP_SIZE)], completions, tokenizer)
+    rows, completions = zip(*((prompts[place], one) for place, group in finished.items() for one in group))
+    samples = score(rewards, rows, completions, tokenizer)
     judged = [samples[start : start + GROUP_SIZE] for start in range(0, len(samples), GROUP_SIZE)]
-    for place, group in zip(places, judged):
+    for place, group in zip(finished, judged):
         set_advantages(group, rewards.values(), tokenizer)
         groups[place] = group
     for batch in micro_batches(with_signal(judged), MICRO_BATCH_TOKENS) if BETA else []:
@@ -340,8 +341,8 @@ def main():
         with report.timed(seconds, "sample"), ready():
             draw([prompt["ids"] for prompt in prompts], GROUP_SIZE, temperature=TEMPERATURE,
                  min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers], **limits,
-                 done=lambda *finished: judged.append(judges.submit(
-                     judge, *finished, prompts, groups, rewards, tokenizer, reference)))
+                 done=lambda finished: judged.append(judges.submit(
+                     judge, finished, prompts, groups, rewards, tokenizer, reference)))
         with report.timed(seconds, "reward"):
             for part in judged:
                 part.result()

@@ -142,12 +142,12 @@ class Completion(NamedTuple):
 
 def sample(model, prompts: list[list[int]], group_size: int, *, max_tokens: int, stop: list[int],
            temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None,
-           decoder=None, done=lambda places, completions: None) -> list[Completion]:
+           decoder=None, done=lambda groups: None) -> list[Completion]:
     """`group_size` completions of each prompt, group after group; temperature 0 is greedy and needs no `seeds`.
 
     None ends before `min_tokens` tokens. The model is in eval mode meanwhile: dropout is not part of the policy.
     `decoder` may be another one than `decode`. `done` is called after every BLOCK tokens, and at the end, with the
-    places of the prompts whose groups have been finished since then, and their completions.
+    groups that have been finished since then, {place of the prompt: its completions}.
     """
     was_training, groups = model.training, {}
     model.eval()
@@ -162,7 +162,7 @@ def sample(model, prompts: list[list[int]], group_size: int, *, max_tokens: int,
             few = {start + place: [Completion(c.tokens.clone(), c.logps.clone(), c.ended) for c in group]
                    for place, group in decoded.items()}  # copies, which are fit for autograd
             groups |= few
-            done(list(few), [completion for group in few.values() for completion in group])
+            done(few)
     model.train(was_training)
     return [completion for place in range(len(prompts)) for completion in groups[place]]
 

@@ -65,7 +65,7 @@ class Engine:
 
     def sample(self, prompts: list[list[int]], group_size: int, *, max_tokens: int, stop: list[int],
                temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None,
-               done=lambda places, completions: None) -> list[Completion]:
+               done=lambda groups: None) -> list[Completion]:
         """As `sampler.sample`, by the weights that were loaded last; log-probs are those that vLLM sampled from."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -82,7 +82,7 @@ class Engine:
                 for output in sorted(answer.outputs, key=lambda output: output.index)] for answer in engine.step()}
             groups |= few
             if few:
-                done(list(few), [completion for group in few.values() for completion in group])
+                done(few)
         return [completion for place in range(len(prompts)) for completion in groups[place]]
 
 

@@ -115,13 +115,13 @@ def test_finished_groups_are_passed_on_while_others_are_being_written(tiny, monk
     monkeypatch.setattr(module, "draw", lambda *arguments: tokens.append(1) or draw(*arguments))
     options = {"max_tokens": 40, "stop": list(range(0, 320, 10)), "seeds": range(12)}
     completions = sample(tiny[0], PROMPTS * 4, 2, **options, decoder=module.decode,
-                         done=lambda *finished: told.append((*finished, len(tokens))))
-    assert len(told) > 4 and sorted(place for places, *_ in told for place in places) == list(range(12))
-    for places, passed_on, written in told:
-        assert all(one is other for place, one, other in zip(
-            places, passed_on[::2], (completions[2 * place] for place in places), strict=True))
-        longest = [max(len(one.tokens), len(other.tokens)) for one, other in zip(passed_on[::2], passed_on[1::2])]
-        assert written - 3 < min(longest) <= max(longest) <= written  # not before all of the group, and soon after
+                         done=lambda groups: told.append((len(tokens), groups)))
+    assert len(told) > 4 and sorted(place for _, groups in told for place in groups) == list(range(12))
+    for written, groups in told:
+        for place, group in groups.items():
+            assert all(one is other for one, other in zip(group, completions[2 * place : 2 * place + 2], strict=True))
+            longest = max(len(completion.tokens) for completion in group)
+            assert written - 3 < longest <= written  # not before all of the group, and soon after
 
 
 def test_no_completion_ends_before_min_tokens(tiny):
