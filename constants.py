@@ -38,6 +38,8 @@ def check_constants(constants: dict, processes: int) -> None:
         "UPDATES_PER_BATCH": lambda n: n < 1 and "a batch is for one update at least",
         "TRACKERS": lambda names: {*names} - {"csv", "tensorboard", "wandb"} and "expected csv, tensorboard, wandb",
         "REF_MIXUP_ALPHA": lambda alpha: not 0 < alpha <= 1 and "expected above 0, up to 1",
+        "ZERO_STAGE": lambda n: n == 0 and constants["DS_CONFIG"]["bf16"]["enabled"] and (
+            "in bfloat16 DeepSpeed's first update is a quarter too small then: use 1"),
         "REF_SYNC_EVERY": lambda n: n and not constants["BETA"] and "with BETA=0 there is no reference",
     }
     for name, reason in wrong.items():

@@ -117,7 +117,7 @@ def complete_all(name: str, rewards: dict, constants: dict) -> dict[int, list[di
     are the completions.
     """
     c, rank, world = constants, dist.get_rank(), dist.get_world_size()
-    model, tokenizer = load_model(name, c["MAX_PROMPT_TOKENS"] + c["MAX_COMPLETION_TOKENS"])
+    model, tokenizer = load_model(name, c["MAX_PROMPT_TOKENS"] + c["MAX_COMPLETION_TOKENS"], c["DTYPE"])
     rows = load_prompts(c["EVAL_DATASET"], tokenizer, c["SYSTEM_PROMPT"], c["MAX_PROMPT_TOKENS"], c["QUESTION_COLUMN"])
     check_rewards(rewards, columns(rows))
     options = {"max_tokens": c["MAX_COMPLETION_TOKENS"], "stop": stop_ids(model, tokenizer)}

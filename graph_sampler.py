@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from transformers.cache_utils import DynamicLayer
 
-from layers import RoomyLayer
+from layers import RoomyLayer, additive
 from sampler import BLOCK, blank, draw, finished, prefill
 
 
@@ -29,15 +29,44 @@ class FixedLayer(DynamicLayer):
         return self.keys, self.values
 
 
+newest = None  # the CUDA graph that was recorded last; its memory serves the next one too
+side = None  # the stream on which graphs are recorded; another one each time would have workspaces of its own
+
+
+def record(step):
+    """The step as a CUDA graph: a function that repeats it.
+
+    As `torch.cuda.graph`, which empties the allocator's cache each time, and training would have to ask for it again.
+    """
+    global newest, side
+    graph, side = torch.cuda.CUDAGraph(), side or torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        graph.capture_begin(newest and newest.pool(), capture_error_mode="thread_local")
+        try:
+            step()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
+    newest = graph
+    return graph.replay
+
+
 @torch.inference_mode()
 def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms):
-    """As `sampler.decode`. SystemExit if the model has layers with another cache than one of all tokens."""
+    """As `sampler.decode`. SystemExit if the model has layers with another cache than one of all tokens, or rotary
+    embeddings that depend on the largest position: a graph cannot ask for it."""
     logits, mask, position, cache = prefill(model, prompts, group_size, max_tokens)
     if not all(type(layer) is RoomyLayer for layer in cache.layers):
         raise SystemExit("SAMPLER=graph wants a model with full attention in every layer: use SAMPLER=transformers")
+    kinds = {str(getattr(module, "rope_type", "")) for module in model.modules()}
+    if found := [kind for kind in kinds if "dynamic" in kind or "longrope" in kind]:
+        raise SystemExit(f"SAMPLER=graph wants rotary embeddings that do not change with the length, MODEL has {found[0]}: "
+                         "use SAMPLER=transformers")
     cache.layers = [FixedLayer(layer) for layer in cache.layers]
     device, longest = model.device, mask.shape[1] - max_tokens
     stop = torch.tensor(stop, device=device)
+    uniforms = uniforms.to(device) if temperature else None
     written = tokens, logps, lengths, ended = blank(len(logits), max_tokens, device)
     rows, told = torch.arange(len(logits), device=device), set()  # the completions that are still being written
 
@@ -50,7 +79,7 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
         here = longest + start + place
         for layer in cache.layers:
             layer.place = here
-        logits.copy_(model(input_ids=token[:, None], attention_mask=(seen & (columns <= here))[:, None, None],
+        logits.copy_(model(input_ids=token[:, None], attention_mask=additive(seen & (columns <= here), model.dtype),
                            position_ids=position.index_select(1, here), past_key_values=cache).logits[:, -1])
         place.add_(1)
 
@@ -60,15 +89,10 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
             layer.keys, layer.values = (functional.pad(old, (0, 0, 0, size)) for old in (layer.keys, layer.values))
         seen = mask[:, : longest + start + size] > 0
         columns, place = torch.arange(seen.shape[1], device=device), torch.zeros(1, dtype=torch.long, device=device)
-        uniform = uniforms[rows.cpu(), start : start + size].to(device) if temperature else None
+        uniform = uniforms[rows, start : start + size] if temperature else None
         drawn, drawn_logps = tokens[rows, start : start + size], logps[rows, start : start + size]
         step()  # also prepares what must not be prepared while a graph is recorded
-        again = step
-        if device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                step()
-            again = graph.replay
+        again = record(step) if device.type == "cuda" and size > 1 else step
         for _ in range(size - 1):
             again()
 

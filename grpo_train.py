@@ -34,10 +34,12 @@ from processes import reduce
 from ref_client import check_servers, renew_reference, request_logps
 from ref_server import token_logps
 from rewards import check_rewards, load_rewards, reward_correct, reward_format
-from sampler import add_adapters, load_model, load_prompts, micro_batches, pack, sample, stop_ids, tokens_until
+from sampler import (add_adapters, dtype_called, load_model, load_prompts, micro_batches, pack, sample, stop_ids,
+                     tokens_until)
 
 # Model and data
 MODEL = "examples/arithmetic/model"  # local folder or hub name
+DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either by name. AdamW's states are float32 always
 DATASET = "examples/arithmetic/train.jsonl"  # .jsonl, .parquet, or hub name[:config[:split]]
 EVAL_DATASET = "examples/arithmetic/heldout.jsonl"  # never trained on
 QUESTION_COLUMN = "question"  # holds the problem, in both data sets; MATH has it in "problem"
@@ -57,7 +59,7 @@ MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
 TEMPERATURE = 1.0  # of sampling and of every log-prob; below 1 explores less
 SAMPLER = "transformers"  # "graph": the same in a CUDA graph; "vllm": requirements-vllm.txt, an engine in every process
 VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
-IS_CAP = 2.0  # vLLM's log-probs are not quite the policy's; their ratio weighs the tokens, at most by so much
+IS_CAP = 2.0  # the sampler's log-probs are not quite the policy's, vLLM's least; their ratio weighs tokens, up to this
 
 # Loss
 LOSS_TYPE = "grpo"  # how tokens are weighted: grpo, dr_grpo, dapo, bnpo, cispo; see `token_weights` and `GRPO_step`
@@ -99,7 +101,7 @@ DS_CONFIG = {
     "managed_gradient_accumulation": False,  # the number of micro-batches differs from step to step
     "gradient_clipping": MAX_GRAD_NORM,
     "zero_optimization": {"stage": ZERO_STAGE, "overlap_comm": False},
-    "bf16": {"enabled": torch.accelerator.is_available()},
+    "bf16": {"enabled": dtype_called(DTYPE) == torch.bfloat16},
     "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": (0.9, 0.999), "weight_decay": 0, "torch_adam": True,
                                                "fused": True}},
     "tensorboard": {"enabled": "tensorboard" in TRACKERS, "output_path": OUTPUT_DIR, "job_name": "tensorboard"},
@@ -175,16 +177,16 @@ def with_signal(groups: list[list[dict]]) -> list[dict]:
     return [sample_ for group in groups if any(one["advantage"].any() for one in group) for sample_ in group]
 
 
-def GRPO_step(logps: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
+def GRPO_step(logps: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a micro-batch from the policy's log-probs (C,) of its completion tokens, and sums over these to log.
 
-    batch: rows (see `pack`), advantage (C,), weight (C,) (see `token_weights`), ref_logps (C,) if BETA, and old_logps
-    (C,) of the policy that sampled, if it is no longer this one.
+    batch: rows (see `pack`), advantage (C,), weight (C,) (see `token_weights`), sampler_logps (C,), ref_logps (C,) if
+    BETA, and old_logps (C,) of the policy that sampled, if it is no longer this one.
     loss = sum of weight * (BETA * (exp(d) - d - 1) - surrogate), d = ref_logps - logps; DeepSeekMath, eq. 3 and 4.
     surrogate = min(ratio * A, clip(ratio) * A); ratio = exp(logps - old_logps), or its geometric mean over the
     completion if IMPORTANCE is "sequence" (GSPO, arXiv 2507.18071, eq. 5 and 7).
-    Where another engine sampled, with sampler_logps (C,): surrogate * min(exp(old_logps - sampler_logps), IS_CAP), the
-    factor as a constant; truncated importance sampling (Ionides 2008; for language models Yao et al. 2025).
+    The sampler computes with other kernels: surrogate * min(exp(old_logps - sampler_logps), IS_CAP), the factor as a
+    constant; truncated importance sampling (Ionides 2008; for language models Yao et al. 2025).
     cispo: surrogate = clip(ratio) * A * logps, the ratio as a constant (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
     ENTROPY_BONUS adds -logps * ratio, these logps as a constant: in expectation its gradient is the entropy's.
     """
@@ -208,8 +210,8 @@ def GRPO_step(logps: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict[str,
     low, high = real & (ratio < 1 - CLIP_LOW) & (advantage < 0), real & (ratio > 1 + CLIP_HIGH) & (advantage > 0)
     sums = {"loss": loss, "count tokens": real.sum(), "kl": kl[real].sum(), "entropy": -logps[real].sum(),
             "clip_low_frac": low.sum(), "clip_high_frac": high.sum(), "clip_region_frac": (low | high).sum(),
-            "sampler_ratio": sampler_ratio[real].double().sum()}
-    return loss, {name: value.item() for name, value in sums.items()}
+            "count logps": torch.tensor(len(logps)), "sampler_ratio": sampler_ratio.double().sum()}
+    return loss, {name: value.detach().double() for name, value in sums.items()}  # read once a step: a GPU would wait
 
 
 # ------------------------------------------------------------------------------------------------- around the loop
@@ -242,9 +244,9 @@ def make_batches(samples: list[dict], kept: list[dict], device) -> list[dict]:
     filler = min(samples, key=lambda sample_: sample_["length"])
     nothing = {"weight": 0 * filler["weight"], "ref_logps": lambda: filler["sampler_logps"]}
     batches += [[filler | nothing]] * int(max(1, most) - len(batches))
-    names = ["advantage", "weight", *(["sampler_logps"] if SAMPLER == "vllm" else [])]
     return [{"samples": batch, "rows": [tensor.to(device) for tensor in pack(batch)],
-             **{name: torch.cat([sample_[name] for sample_ in batch]).to(device) for name in names}}
+             **{name: torch.cat([sample_[name] for sample_ in batch]).to(device)
+                for name in ("advantage", "weight", "sampler_logps")}}
             for batch in batches]
 
 
@@ -287,7 +289,7 @@ def main():
     last = checkpoint.begin(OUTPUT_DIR, globals() | {"PROCESSES": world}, RESUME) if rank == 0 else 0
     last, run = map(int, reduce({"last": last, "run": secrets.randbits(48) if rank == 0 else 0}).values())
     checkpoint.see(OUTPUT_DIR)
-    model, tokenizer = load_model(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS)
+    model, tokenizer = load_model(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE)
     rewards, limits = load_rewards(REWARDS), {"max_tokens": MAX_COMPLETION_TOKENS, "stop": stop_ids(model, tokenizer)}
     train, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN) if name else []
                       for name in (DATASET, EVAL_DATASET if EVAL_EVERY else ""))

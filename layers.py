@@ -9,6 +9,7 @@ Of the LM head GRPO needs one number for each token of a completion: `HeadLogps`
 On a CPU a decode step takes as long in Python as in its operations: `next_logits` records these and repeats them.
 """
 import warnings
+from types import MethodType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -57,12 +58,14 @@ def attention(module, query, key, value, attention_mask, layout=None, sliding_wi
     With a `layout` B is 1, and T = S are the tokens that are computed, of all rows.
     """
     if layout is not None:
-        packed = [(tensor[0].transpose(0, 1).flatten(1), tensor.shape[1]) for tensor in (query, key, value)]
-        outputs = []
+        flat = [tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value)]  # (N, heads x D)
+        packed, widths, outputs = torch.cat(flat, 1), [tensor.shape[1] for tensor in flat], []
         for part in layout.parts:  # (rows, length)
-            # An embedding's backward pass sums the gradients of a shared token in a fixed order, on a GPU too.
-            states = (functional.embedding(part, states).unflatten(2, (heads, -1)).transpose(1, 2)
-                      for states, heads in packed)  # (rows, heads, length, D)
+            # An embedding's backward pass sums the gradients of a shared token in a fixed order, on a GPU too. It sorts
+            # the places for that, so query, key and value are taken at once.
+            found = functional.embedding(part, packed).split(widths, 2)
+            states = [tensor.unflatten(2, (like.shape[1], -1)).transpose(1, 2)  # (rows, heads, length, D)
+                      for tensor, like in zip(found, (query, key, value))]
             mask, length = None, part.shape[1]  # a causal model never looks at the padding, which is on the right
             if sliding_window and length > sliding_window:
                 position = torch.arange(length, device=part.device)
@@ -86,6 +89,18 @@ def pack_attention(model) -> None:
     ordinary = model._supports_attention_backend and not model._is_stateful
     if ordinary and model.config._attn_implementation == "sdpa" and layers <= {"full_attention", "sliding_attention"}:
         model.set_attn_implementation("packed")
+
+
+def rms_norm(norm, hidden):
+    """The forward pass of transformers' RMS norms, by torch: on a GPU one kernel instead of seven."""
+    return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def fuse_norms(model) -> None:
+    """From now on `model` normalises as above, where the formula is the same; that of Gemma multiplies by 1 + weight."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(rms_norm, module)
 
 
 AttentionInterface.register("packed", attention)
@@ -116,12 +131,25 @@ class RoomyLayer(DynamicLayer):
                                       for tensor in (self.keys, self.values))
         return self.keys[:, :, : self.tokens], self.values[:, :, : self.tokens]
 
-    def batch_select_indices(self, indices):
-        places = torch.arange(len(indices), device=indices.device)
-        moved = (indices != places).nonzero()[:, 0]  # the others stay where they are and are not copied
-        for tensor in (self.keys, self.values):
-            tensor[moved] = tensor[indices[moved]]
-        self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
+
+def select_rows(cache, rows) -> None:
+    """Of the cache's rows only these (B,), in this order. In a RoomyLayer those that keep their place are not copied."""
+    moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+    source = rows[moved]
+    for layer in cache.layers:
+        if type(layer) is RoomyLayer:
+            for states in layer.keys, layer.values:
+                states[moved] = states[source]
+            layer.keys, layer.values = layer.keys[: len(rows)], layer.values[: len(rows)]
+        else:
+            layer.batch_select_indices(rows)
+
+
+def additive(mask, dtype) -> torch.Tensor:
+    """A mask (B, T) as attention adds it to its scores, (B, 1, 1, T): 0 or -inf. Else every layer would make it anew;
+    rows start at multiples of 8 numbers, or every layer would copy it on a GPU."""
+    room = torch.zeros(len(mask), 1, 1, -(-mask.shape[1] // 8) * 8, dtype=dtype, device=mask.device)
+    return room[..., : mask.shape[1]].masked_fill_(mask[:, None, None] == 0, -torch.inf)
 
 
 class LongerLayer(DynamicLayer):
@@ -137,8 +165,8 @@ class LongerLayer(DynamicLayer):
 
 
 class Step(torch.nn.Module):
-    """A decode step as a function of tensors alone: token (B,), mask (B, T), position (B, 1) and each layer's keys and
-    values to logits (B, V)."""
+    """A decode step as a function of tensors alone: token (B,), mask (B, 1, 1, T), see `additive`, position (B, 1) and
+    each layer's keys and values to logits (B, V)."""
 
     def __init__(self, model):
         super().__init__()
@@ -147,7 +175,7 @@ class Step(torch.nn.Module):
     def forward(self, token, mask, position, *states):
         cache = DynamicCache()
         cache.layers = [LongerLayer(keys, values) for keys, values in zip(states[::2], states[1::2])]
-        return self.model(input_ids=token[:, None], attention_mask=mask[:, None, None] > 0, position_ids=position,
+        return self.model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
                           past_key_values=cache).logits[:, -1]
 
 
@@ -158,6 +186,8 @@ def next_logits(model, token, mask, position, cache) -> torch.Tensor:
     cache's own tensors and read the parameters as they are now.
     """
     ordinary = model.config._attn_implementation == "packed" and all(type(c) is RoomyLayer for c in cache.layers)
+    if ordinary:
+        mask = additive(mask, model.dtype)
     if token.device.type != "cpu" or not ordinary:
         return model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
                      past_key_values=cache).logits[:, -1]
@@ -218,7 +248,9 @@ class HeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, cap, logits_per_tile):
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.scale, ctx.cap, ctx.tile_size = scale, cap, max(1, logits_per_tile // max(1, len(hidden)))
+        multiple = 128 if hidden.is_cuda else 1  # the fast kernels of a GPU take no other numbers of columns
+        tile_size = logits_per_tile // max(1, len(hidden)) // multiple * multiple
+        ctx.scale, ctx.cap, ctx.tile_size = scale, cap, max(multiple, tile_size)
         logps = hidden.new_zeros(len(hidden), dtype=torch.float32)
         ctx.total = logps - torch.inf  # log of the sum of exp(scale * logits)
         for _, logits, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
@@ -256,7 +288,11 @@ class HeadLogps(torch.autograd.Function):
         target is, (C, 1), if it is inside, (C,)."""
         for start in range(0, len(weight), ctx.tile_size):
             tile = slice(start, start + ctx.tile_size)
-            logits = functional.linear(hidden, weight[tile], None if bias is None else bias[tile]).float()
+            if hidden.is_cuda and hidden.dtype == torch.bfloat16:  # not rounded to bfloat16; a CPU cannot do that
+                logits = torch.mm(hidden, weight[tile].T, out_dtype=torch.float32)
+                logits = logits if bias is None else logits.add_(bias[tile])
+            else:
+                logits = functional.linear(hidden, weight[tile], None if bias is None else bias[tile]).float()
             if ctx.cap:
                 logits = ctx.cap * torch.tanh(logits / ctx.cap)
             place = targets - start

@@ -31,10 +31,10 @@ def start() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def reduce(values: dict[str, float], operation=dist.ReduceOp.SUM) -> dict[str, float]:
+def reduce(values: dict[str, float | torch.Tensor], operation=dist.ReduceOp.SUM) -> dict[str, float]:
     """The values summed (or else) over all processes."""
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
+    numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device) for value in values.values()])
     dist.all_reduce(numbers, operation)
     return dict(zip(values, numbers.tolist()))
 

@@ -37,6 +37,7 @@ from ref_client import accept_weights, unreadable
 from sampler import load_model, micro_batches
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name: the model that the policy starts from
+DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either of them by name, as the trainer's
 HOST = "127.0.0.1"  # any other address needs REF_TOKEN in the environment, here and at the trainer
 PORT = 59875
 BATCH_TOKENS = 16384  # tokens of one forward pass, padding counted; halved by itself when the GPU is too small
@@ -186,7 +187,7 @@ def main():
         listener = socket.create_server((HOST, PORT), backlog=1024)  # before the model is loaded, to fail at once
     except OSError as error:
         raise SystemExit(f"cannot listen on {HOST}:{PORT}: {error.strerror} (choose another with PORT=...)")
-    model, _ = load_model(MODEL)
+    model, _ = load_model(MODEL, dtype=DTYPE)
     if model.device.type == "cpu":
         os.nice(19)  # on shared cores the trainer goes first: side by side both would be slower than in turns
     server = waitress.create_server(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-OF_TOKENS = ("kl", "entropy", "clip_low_frac", "clip_high_frac", "clip_region_frac", "sampler_ratio")
+OF_TOKENS = ("kl", "entropy", "clip_low_frac", "clip_high_frac", "clip_region_frac")
 SUMS = ("loss", "completion_tokens_total", "advantage_zero_groups", "skipped_updates", "stop")
 PANELS = {
     "reward (mean of the step)": ["reward"],
@@ -38,22 +38,26 @@ TABLE = {
 
 @contextmanager
 def timed(seconds: Counter, name: str):
-    """Adds the seconds that the block takes to `seconds[name]`."""
+    """Adds the seconds that the block takes to `seconds[name]`, until its work on an accelerator is done."""
     start = time.perf_counter()
     yield
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     seconds[name] += time.perf_counter() - start
 
 
 def peak_memory_mb() -> float:
-    """The allocator's peak on a GPU, the process's resident memory on a CPU."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident
+    """Of this process since its start: the allocator's peak on an accelerator, resident memory on a CPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def means(sums: dict[str, float], completions: int) -> dict[str, float]:
     """Means over all completions; of a reward function over those that it applies to, as many as "count ..." says; over
     as many tokens as were trained on; and what stays a sum."""
     divisors = dict.fromkeys(SUMS, 1) | dict.fromkeys(OF_TOKENS, max(1, sums.get("count tokens", 0)))
+    divisors |= {"sampler_ratio": sums.get("count logps")}
     divisors |= {name.removeprefix("count "): count or nan for name, count in sums.items() if name.startswith("count ")}
     return {name: value / divisors.get(name, completions)
             for name, value in sums.items() if not name.startswith("count ")}

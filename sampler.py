@@ -18,27 +18,39 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from layers import RoomyLayer, next_logits, pack_attention
+from layers import RoomyLayer, fuse_norms, next_logits, pack_attention, select_rows
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the other
 BLOCK = 64  # tokens from one look for groups that are finished to the next
+LOOK_EVERY = 8  # tokens on an accelerator, which waits whenever it is asked whether a completion has ended
 CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}"
                  "{% if add_generation_prompt %}Assistant:{% endif %}")  # for base models that have none
 
 
 # ------------------------------------------------------------------------------------------------- model and prompts
 
-def load_model(path: str, tokens: int = 0):
-    """The causal LM at `path` (folder or hub name) and its tokenizer: bfloat16 on an accelerator, float32 on a CPU.
+def dtype_called(name: str) -> torch.dtype:
+    """float32 or bfloat16; "auto" is bfloat16 on an accelerator, float32 on a CPU. SystemExit at another name."""
+    auto = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+    known = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise SystemExit(f"DTYPE={name}: expected one of {', '.join(known)}")
+    return known[name]
+
+
+def load_model(path: str, tokens: int = 0, dtype: str = "auto"):
+    """The causal LM at `path` (folder or hub name), see `dtype_called`, and its tokenizer.
 
     SystemExit if it cannot be loaded, or has no room for so many `tokens` of prompt and completion.
     """
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_called(dtype)).to(device).eval()
         pack_attention(model)
+        if device.type == "cuda":
+            fuse_norms(model)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # makes a plan for each new shape: at every decoded token
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     except (OSError, ValueError) as error:
@@ -175,22 +187,24 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
     """
     logits, mask, position, cache = prefill(model, prompts, group_size, max_tokens)
     device, longest = model.device, mask.shape[1] - max_tokens
-    stop = torch.tensor(stop, device=device)
+    stop, look = torch.tensor(stop, device=device), LOOK_EVERY if device.type != "cpu" else 1
     written = tokens, logps, lengths, ended = blank(len(logits), max_tokens, device)
     rows, told = torch.arange(len(logits), device=device), set()  # the completions that are still being written
+    uniforms = uniforms.to(device) if temperature else None
     for t in range(max_tokens):
         logits = logits.float().div_(temperature or 1)
         if t < min_tokens - 1:
             logits[:, stop] = -torch.inf
-        token, logp = draw(logits, uniforms[rows.cpu(), t].to(device) if temperature else None)
+        token, logp = draw(logits, uniforms[rows, t] if temperature else None)
         tokens[rows, t], logps[rows, t] = token, logp
-        stopped = torch.isin(token, stop)
-        if stopped.any():
-            lengths[rows[stopped]], ended[rows[stopped]] = t + 1, True
-            live = (~stopped).nonzero()[:, 0]
+        stopped = torch.isin(token, stop) & ~ended[rows]
+        lengths[rows] = torch.where(stopped, t + 1, lengths[rows])
+        ended[rows] |= stopped
+        if t % look == look - 1 and (gone := ended[rows]).any():
+            live = (~gone).nonzero()[:, 0]
             going = torch.arange(len(live), device=device)  # the last rows take the places of those that ended
-            going[stopped[: len(live)]] = live[live >= len(live)]
-            cache.batch_select_indices(going)
+            going[gone[: len(live)]] = live[live >= len(live)]
+            select_rows(cache, going)
             rows, token, mask, position = rows[going], token[going], mask[going], position[going]
         last = len(rows) == 0 or t == max_tokens - 1
         if last or t % BLOCK == BLOCK - 1:

@@ -100,9 +100,11 @@ def reference_server(folder: Path, environment: dict):
 
 def train(output: str, environment: dict, ranks=1, **constants) -> list[dict]:
     """The metrics of a run of grpo_train.py with these constants: a row for the start, and one a step."""
+    import torch
+
     start = [f"{Path(sys.executable).parent}/deepspeed", "--num_accelerators", "2"] if ranks == 2 else [sys.executable]
     constants = dict(OUTPUT_DIR=output, REWARDS="reward_len", EVAL_EVERY=0, SAVE_EVERY=0, WARMUP_STEPS=0, BETA=BETA,
-                     LR=LR, ZERO_STAGE=0) | constants  # one process has nothing to split
+                     LR=LR, ZERO_STAGE=int(torch.accelerator.is_available())) | constants  # 0 on a CPU: nothing to split
     words = [f"{name}={value}" for name, value in constants.items()]
     done = subprocess.run([*start, "grpo_train.py", *words], cwd=ROOT, env=environment, timeout=3000, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

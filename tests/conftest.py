@@ -18,6 +18,8 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model name that is not a folder fails at once
+if os.environ.get("ON_GPU") != "1":  # the tests of test_gpu.py alone are for a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other crawl when processes share the cores
 
 import arithmetic  # noqa: E402
