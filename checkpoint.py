@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 import report
 
 MAY_CHANGE = ("OUTPUT_DIR RESUME STEPS SAVE_EVERY EVAL_EVERY EVAL_ONLY EVAL_SAMPLES KEEP_CHECKPOINTS REF_SERVER "
-              "TRACKERS DS_CONFIG").split()
+              "MICRO_BATCH_TOKENS GRADIENT_CHECKPOINTING TRACKERS DS_CONFIG").split()
 
 
 def complete(folder: str) -> list[int]:

@@ -3,9 +3,9 @@
     completions = sample(model, prompts, group_size, ..., decoder=graph_sampler.decode)
 
 A decode step launches hundreds of small kernels, and a GPU waits for most of them. Here a step has fixed shapes and
-reads no value back, so that the GPU records it once and repeats it. That holds for BLOCK tokens; then completions that
-have ended leave, the cache gets room for the next ones, and the step is recorded again. The random numbers are those of
-`sampler.decode`, and so are the completions, to rounding. Without CUDA the steps are computed one by one.
+reads no value back, so that the GPU records it once and repeats it, until the room in the cache is full or half of the
+completions have ended. Then these leave, the others get twice the room, and the step is recorded again. The random numbers
+are those of `sampler.decode`, and so are the completions, to rounding. Without CUDA the steps are computed one by one.
 """
 import torch
 from torch.nn import functional
@@ -83,27 +83,29 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
                            position_ids=position.index_select(1, here), past_key_values=cache).logits[:, -1])
         place.add_(1)
 
-    for start in range(0, max_tokens, BLOCK):
-        size = min(BLOCK, max_tokens - start)
+    count, live = 0, rows  # tokens of each completion so far
+    while len(live) and count < max_tokens:
+        start, room = count, min(max(BLOCK, count), max_tokens - count)
         for layer in cache.layers:
-            layer.keys, layer.values = (functional.pad(old, (0, 0, 0, size)) for old in (layer.keys, layer.values))
-        seen = mask[:, : longest + start + size] > 0
+            layer.keys, layer.values = (functional.pad(old[:, :, : longest + start], (0, 0, 0, room))
+                                        for old in (layer.keys, layer.values))
+        seen = mask[:, : longest + start + room] > 0
         columns, place = torch.arange(seen.shape[1], device=device), torch.zeros(1, dtype=torch.long, device=device)
-        uniform = uniforms[rows, start : start + size] if temperature else None
-        drawn, drawn_logps = tokens[rows, start : start + size], logps[rows, start : start + size]
-        step()  # also prepares what must not be prepared while a graph is recorded
-        again = record(step) if device.type == "cuda" and size > 1 else step
-        for _ in range(size - 1):
-            again()
-
-        tokens[rows, start : start + size], logps[rows, start : start + size] = drawn, drawn_logps
-        stops = torch.isin(drawn, stop)
-        stopped = stops.any(1)
-        live = (~stopped).nonzero()[:, 0]
-        lengths[rows[stopped]], ended[rows[stopped]] = start + 1 + stops[stopped].int().argmax(1), True
-        last = len(live) == 0 or start + size == max_tokens
-        yield finished(written, group_size, rows[:0] if last else rows[live], told)
-        if last:
-            break
-        cache.batch_select_indices(live)
-        rows, logits, mask, position = rows[live], logits[live], mask[live], position[live]
+        uniform = uniforms[rows, start : start + room] if temperature else None
+        drawn, drawn_logps = tokens[rows, start : start + room], logps[rows, start : start + room]
+        again, live = step, rows
+        while count < start + room and 2 * len(live) > len(rows):
+            for _ in range(min(BLOCK, start + room - count)):
+                again()
+                count += 1
+                if again is step and device.type == "cuda" and room > 1:  # the first has prepared what no graph can
+                    again = record(step)
+            tokens[rows, start : start + room], logps[rows, start : start + room] = drawn, drawn_logps
+            stops = torch.isin(drawn[:, : count - start], stop)
+            stopped = stops.any(1)
+            lengths[rows[stopped]], ended[rows[stopped]] = start + 1 + stops[stopped].int().argmax(1), True
+            live = rows[~stopped] if count < max_tokens else rows[:0]
+            yield finished(written, group_size, live, told)
+        going = (~stopped).nonzero()[:, 0]
+        cache.batch_select_indices(going)
+        rows, logits, mask, position = rows[going], logits[going], mask[going], position[going]

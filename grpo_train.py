@@ -79,7 +79,8 @@ LR = 5e-5  # 1e-6 for pre-trained models with full fine-tuning
 WARMUP_STEPS = 10  # linear; without it Adam's first steps can ruin the model
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED_STEPS = 5  # in a row, because their gradients are not finite; then the run ends
-MICRO_BATCH_TOKENS = 16384  # tokens in one forward and backward pass, padding counted; changes memory, not the update
+MICRO_BATCH_TOKENS = 8192  # of one forward and backward pass, padding counted; changes memory, not the update, and is
+# halved at the start until the longest rows fit. 1.5B parameters keep 3 MB of activations a token, 7B 7 MB
 GRADIENT_CHECKPOINTING = False  # less memory for activations, a third more time
 ZERO_STAGE = 1  # DeepSpeed: 0 splits nothing over the GPUs, 1 optimizer states, 2 gradients too, 3 weights too
 LORA_RANK = 0  # of the adapters that are trained instead of the weights; 0 trains these; LoRA wants 10 times the LR
@@ -273,6 +274,39 @@ def spread(values: torch.Tensor) -> float:
     return (reduce({"sum": (values - mean).square().sum()})["sum"] / (PROMPTS_PER_STEP * GROUP_SIZE - 1)) ** 0.5
 
 
+def fitting_tokens(model, gathered, prompt_tokens: int, rows_a_step: int) -> int:
+    """MICRO_BATCH_TOKENS, or its half, quarter, ... with which the largest micro-batch fits into every process's memory.
+
+    Tried with rows as long as they can be, on a `model` without DeepSpeed's hooks, whose parameters are whole within
+    `gathered()`: its gradients are dropped, and a process that lacks memory leaves none waiting in a collective. Zeros
+    take the place of the gradients of earlier micro-batches. SystemExit if one row is too much.
+    """
+    policy, length, budget = Policy(model).train(), prompt_tokens + MAX_COMPLETION_TOKENS, MICRO_BATCH_TOKENS
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    vocab, generator = model.config.get_text_config().vocab_size, torch.Generator().manual_seed(SEED)
+    while True:
+        count, failed = min(max(1, budget // length), rows_a_step), False
+        tokens = torch.randint(vocab, (count * length,), generator=generator)
+        rows = tokens, torch.full((count,), prompt_tokens), torch.full((count,), MAX_COMPLETION_TOKENS)
+        try:
+            with gathered():
+                earlier = [torch.zeros_like(parameter) for parameter in parameters if ZERO_STAGE < 2]
+                loss = 0 * policy(*(tensor.to(model.device) for tensor in rows)).sum()
+                torch.autograd.grad(loss, parameters, allow_unused=True)
+        except torch.OutOfMemoryError:
+            failed = True
+        earlier = loss = None
+        if not reduce({"failed": failed}, dist.ReduceOp.MAX)["failed"]:
+            policy.eval()
+            return budget
+        if count == 1:
+            raise SystemExit(f"a row of {length} tokens does not fit into memory: lower MAX_COMPLETION_TOKENS, or set "
+                             "GRADIENT_CHECKPOINTING=True, a higher ZERO_STAGE, or LORA_RANK")
+        budget = count * length // 2
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+
+
 def drop_bad_gradients(optimizer, *_) -> None:
     """Before the optimizer's step, which changes nothing then. ZeRO 1 to 3 do not come so far with bad gradients."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -282,6 +316,7 @@ def drop_bad_gradients(optimizer, *_) -> None:
 
 
 def main():
+    global MICRO_BATCH_TOKENS
     rank, world = processes.start()
     check_constants(globals(), world)
     if EVAL_ONLY:
@@ -298,6 +333,8 @@ def main():
     if BETA and rank == 0 and not REF_SYNC_EVERY:
         check_servers(REF_SERVER, model, MODEL, train[0]["ids"])
     whole = add_adapters(model, LORA_RANK, SEED) if LORA_RANK else model
+    if GRADIENT_CHECKPOINTING:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     # For sampling and saving: the same parameters in modules without DeepSpeed's hooks. With hooks, and ZeRO 3, all
     # processes would have to make as many forward passes, but the longest completion is not everywhere the same.
     whole = copy.deepcopy(whole, {id(parameter): parameter for parameter in model.parameters()})
@@ -309,13 +346,15 @@ def main():
         from vllm_sampler import Engine  # here, because vLLM is optional
         vllm = Engine(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, VLLM_MEMORY)
         draw, ready = vllm.sample, partial(vllm.ready, whole, gathered)
-    if GRADIENT_CHECKPOINTING:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = deepspeed.initialize(model=Policy(model).train(), config=DS_CONFIG)[0]
     engine.basic_optimizer.register_step_pre_hook(drop_bad_gradients)
     engine.enable_backward_allreduce = world > 1 or ZERO_STAGE > 0  # alone there is nothing to add up
     engine.monitor.enabled = False  # for DeepSpeed's own events, which count something else than steps
     reference, skipped = None, 0
+    asked, MICRO_BATCH_TOKENS = MICRO_BATCH_TOKENS, fitting_tokens(
+        sampled, gathered, max(len(prompt["ids"]) for prompt in train), PROMPTS_PER_STEP // world * GROUP_SIZE)
+    if rank == 0 and MICRO_BATCH_TOKENS < asked:
+        print(f"MICRO_BATCH_TOKENS={MICRO_BATCH_TOKENS}, because {asked} do not fit into memory", flush=True)
     if last:
         checkpoint.load(engine, OUTPUT_DIR, last)
     else:

@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import graph_sampler
-from layers import pack_attention
+from layers import fuse_norms, pack_attention
 from ref_server import token_logps
 from sampler import sample
 
@@ -45,13 +45,25 @@ def rows_of(count: int, tokens: int, vocab: int) -> list[torch.Tensor]:
     return [tensor.to(DEVICE) for tensor in (packed, *lens)]
 
 
-def main(shape="1.5b", tokens="512", tflops="989", gigabytes="80") -> None:
-    tokens, vocab = int(tokens), 512 if shape == "small" else 151936
-    model = Qwen2ForCausalLM(Qwen2Config(**compare.SHAPES[shape], num_key_value_heads=2, vocab_size=vocab,
-                                         max_position_embeddings=2**20, tie_word_embeddings=True))
-    model = model.to(DEVICE, torch.float32 if DEVICE.type == "cpu" else torch.bfloat16).eval()
+def make_model(shape: str, fused=True):
+    """Random weights in the shape of a Qwen2, made on the device, and ready as `load_model` makes a model."""
+    torch.manual_seed(0)
+    with DEVICE:
+        model = Qwen2ForCausalLM(Qwen2Config(
+            **compare.SHAPES[shape], num_key_value_heads=2, vocab_size=512 if shape == "small" else 151936,
+            max_position_embeddings=2**20, tie_word_embeddings=True))
+    model.to(torch.float32 if DEVICE.type == "cpu" else torch.bfloat16).eval()
     pack_attention(model)
-    parameters, item = model.num_parameters(), model.dtype.itemsize
+    if fused:
+        fuse_norms(model)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return model
+
+
+def main(shape="1.5b", tokens="512", tflops="989", gigabytes="80", longest_row="yes") -> dict[str, float]:
+    """Prints the figures and returns those of decoding and training."""
+    tokens, model, found = int(tokens), make_model(shape), {}
+    vocab, parameters, item = model.config.vocab_size, model.num_parameters(), model.dtype.itemsize
     print(f"{shape}: {parameters / 1e9:.2f} billion parameters, {DEVICE}, {model.dtype}", flush=True)
 
     block = torch.empty(2**28 if DEVICE.type != "cpu" else 2**22, device=DEVICE)
@@ -72,6 +84,7 @@ def main(shape="1.5b", tokens="512", tflops="989", gigabytes="80") -> None:
         step = (whole - half) / (tokens - tokens // 2)
         print(f"SAMPLER={name}: decode step {1e3 * step:.2f} ms, {step / floor:.1f} times the floor at "
               f"{bandwidth / 1e9:.0f} GB/s ({ROWS / step:.0f} tokens a second)", flush=True)
+        found |= {f"{name}_ms": 1e3 * step, f"{name}_over_floor": step / floor, "copy_gb_s": bandwidth / 1e9}
 
     def update(rows):
         token_logps(model, *rows).mean().backward()
@@ -81,18 +94,22 @@ def main(shape="1.5b", tokens="512", tflops="989", gigabytes="80") -> None:
     seconds, computed = clock(lambda: update(rows)), -(-len(rows[1]) // 8) * PROMPT + int(rows[2].sum())
     mfu = 6 * parameters * computed / seconds / float(tflops) / 1e12
     print(f"training: {computed / seconds:.0f} tokens a second, MFU {mfu:.1%} of {tflops} TFLOPS", flush=True)
+    found |= {"train_tokens_s": computed / seconds, "mfu_percent": 100 * mfu}
+    if longest_row != "yes":
+        return found
 
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     updates = {"ours": lambda length: update(rows_of(1, length, vocab)), "TRL": trl_update(model, vocab)}
     if DEVICE.type != "cuda":
         for name, work in updates.items():
             print(f"{name}: a row of {tokens} tokens takes {clock(lambda: work(tokens), 1):.1f} s")
-        return
+        return found
     torch.cuda.set_per_process_memory_fraction(min(1, float(gigabytes) * 1e9 / torch.cuda.mem_get_info()[1]))
     states = torch.empty(3 * parameters, device=DEVICE)  # weights in float32, AdamW's two moments
     for name, work in updates.items():
         print(f"{name}: longest completion in {gigabytes} GB, beside {states.nbytes / 1e9:.0f} GB of states: "
               f"{longest(work)} tokens", flush=True)
+    return found
 
 
 def trl_update(model, vocab: int):
