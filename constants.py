@@ -22,7 +22,7 @@ def check_constants(constants: dict, processes: int) -> None:
     """SystemExit at the first of grpo_train.py's constants that cannot be right, for so many processes."""
     allowed = {"LOSS_TYPE": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"), "IMPORTANCE": ("token", "sequence"),
                "ADVANTAGE_SCALE": ("group", "batch", "none"), "ZERO_STAGE": (0, 1, 2, 3),
-               "SAMPLER": ("transformers", "graph", "vllm")}
+               "SAMPLER": ("auto", "transformers", "graph", "vllm")}
     for name, values in allowed.items():
         if constants[name] not in values:
             raise SystemExit(f"{name}={constants[name]}: expected one of {', '.join(map(str, values))}")

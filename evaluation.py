@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
+import graph_sampler
 import report
 from processes import reduce
 from rewards import check_rewards, compute_rewards, load_rewards
@@ -120,7 +121,8 @@ def complete_all(name: str, rewards: dict, constants: dict) -> dict[int, list[di
     model, tokenizer = load_model(name, c["MAX_PROMPT_TOKENS"] + c["MAX_COMPLETION_TOKENS"], c["DTYPE"])
     rows = load_prompts(c["EVAL_DATASET"], tokenizer, c["SYSTEM_PROMPT"], c["MAX_PROMPT_TOKENS"], c["QUESTION_COLUMN"])
     check_rewards(rewards, columns(rows))
-    options = {"max_tokens": c["MAX_COMPLETION_TOKENS"], "stop": stop_ids(model, tokenizer)}
+    options = {"max_tokens": c["MAX_COMPLETION_TOKENS"], "stop": stop_ids(model, tokenizer),
+               "decoder": graph_sampler.decoder("auto", model)}
     size = max(1, MAX_SEQUENCES // c["EVAL_SAMPLES"])
     blocks = [rows[start : start + size] for start in range(0, len(rows), size)][rank::world]
     found, everybody = {row["number"]: [] for block in blocks for row in block}, [None] * world

@@ -57,7 +57,7 @@ MAX_PROMPT_TOKENS = 128  # longer prompts are left out
 MAX_COMPLETION_TOKENS = 64  # 512 for GSM8K, thousands for competition mathematics
 MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
 TEMPERATURE = 1.0  # of sampling and of every log-prob; below 1 explores less
-SAMPLER = "transformers"  # "graph": the same in a CUDA graph; "vllm": requirements-vllm.txt, an engine in every process
+SAMPLER = "auto"  # "graph", a CUDA graph, on a GPU if the model allows, else "transformers"; "vllm": requirements-vllm.txt
 VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
 IS_CAP = 2.0  # the sampler's log-probs are not quite the policy's, vLLM's least; their ratio weighs tokens, up to this
 
@@ -340,7 +340,7 @@ def main():
     whole = copy.deepcopy(whole, {id(parameter): parameter for parameter in model.parameters()})
     sampled = whole.get_base_model() if LORA_RANK else whole
     gathered = partial(deepspeed.zero.GatheredParameters, list(model.parameters()))
-    draw = partial(sample, sampled, decoder=graph_sampler.decode if SAMPLER == "graph" else None)
+    draw = partial(sample, sampled, decoder=graph_sampler.decoder(SAMPLER, sampled))
     ready = gathered  # within `ready()` one samples from the weights as they are now
     if SAMPLER == "vllm":
         from vllm_sampler import Engine  # here, because vLLM is optional

@@ -8,7 +8,10 @@ Of the LM head GRPO needs one number for each token of a completion: `HeadLogps`
 
 On a CPU a decode step takes as long in Python as in its operations: `next_logits` records these and repeats them.
 """
+import inspect
+import sys
 import warnings
+from functools import lru_cache
 from types import MethodType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 recorded = WeakKeyDictionary()  # of each model a decode step, see `next_logits`
 SIMILAR = 0.7  # attention pads rows to the longest of those that are at least so long, relative to the first
@@ -73,7 +77,7 @@ def attention(module, query, key, value, attention_mask, layout=None, sliding_wi
                 mask = ((0 <= distance) & (distance < sliding_window))[None, None]
             output, _ = sdpa_attention_forward(module, *states, mask, **options)
             outputs.append(output.flatten(2).flatten(0, 1))
-        output = functional.embedding(layout.places, torch.cat(outputs))
+        output = torch.cat(outputs).index_select(0, layout.places)  # none twice, so here nothing has to be sorted
         return output.unflatten(1, (query.shape[1], -1))[None], None
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -91,16 +95,40 @@ def pack_attention(model) -> None:
         model.set_attn_implementation("packed")
 
 
+@lru_cache
+def compiled(function):
+    """A function of tensors as one kernel of a GPU, not one for each of its operations."""
+    return torch.compile(function, dynamic=True)
+
+
 def rms_norm(norm, hidden):
-    """The forward pass of transformers' RMS norms, by torch: on a GPU one kernel instead of seven."""
     return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def fuse_norms(model) -> None:
-    """From now on `model` normalises as above, where the formula is the same; that of Gemma multiplies by 1 + weight."""
+def gate(gates, values):
+    return functional.silu(gates) * values
+
+
+def gated_mlp(mlp, hidden):
+    return mlp.down_proj(compiled(gate)(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
+
+
+def fuse(model) -> None:
+    """For a GPU: from now on `model`, and others of its file in transformers, take one kernel instead of five to ten for
+    RMS norms (where the formula is the same: that of Gemma multiplies by 1 + weight), for the gate of an MLP that is
+    written as Llama's, and for rotary embeddings."""
+    like_llama = inspect.getsource(LlamaMLP.forward)
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        kind = type(module)
+        if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.forward = MethodType(rms_norm, module)
+        if kind.__name__.endswith("MLP") and "SiLU" in type(getattr(module, "act_fn", None)).__name__ and (
+                inspect.getsource(kind.forward) == like_llama):
+            module.forward = MethodType(gated_mlp, module)
+    file = sys.modules[type(model).__module__]
+    rotary = getattr(file, "apply_rotary_pos_emb", None)
+    if rotary and not hasattr(rotary, "_torchdynamo_orig_callable"):
+        file.apply_rotary_pos_emb = compiled(rotary)
 
 
 AttentionInterface.register("packed", attention)
@@ -238,6 +266,17 @@ def tied(model) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     return None, {}
 
 
+def log_total(logits, scale):
+    return torch.logsumexp(scale * logits, 1)
+
+
+def head_error(logits, total, place, scale, cap, dtype):
+    """What `HeadLogps.backward` computes in place for a CPU, where passes over what is in its cache cost little."""
+    hit = torch.arange(logits.shape[1], device=logits.device) == place[:, None]
+    error = (scale * logits - total[:, None]).exp() - hit.float()
+    return (error * (1 - (logits / cap).square()) if cap else error).to(dtype)
+
+
 class HeadLogps(torch.autograd.Function):
     """Log-probs (C,) of `targets` (C,) after hidden (C, H), by the LM head: weight (V, H), bias (V,) or None.
 
@@ -255,6 +294,9 @@ class HeadLogps(torch.autograd.Function):
         ctx.total = logps - torch.inf  # log of the sum of exp(scale * logits)
         for _, logits, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
             logps += scale * logits.gather(1, place)[:, 0] * inside
+            if hidden.is_cuda:
+                ctx.total = ctx.total.logaddexp(compiled(log_total)(logits, scale))
+                continue
             top = scale * logits.amax(1)
             logits = torch.add(-top[:, None], logits, alpha=scale, out=logits)
             ctx.total = ctx.total.logaddexp(logits.exp_().sum(1).log() + top)
@@ -269,17 +311,21 @@ class HeadLogps(torch.autograd.Function):
         grad_weight, grad_bias = (torch.empty_like(tensor) if needed else None
                                   for tensor, needed in zip((weight, bias), ctx.needs_input_grad[1:3]))
         for tile, logits, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
-            slope = 1 - (logits / ctx.cap).square() if ctx.cap else None
-            probs = torch.add(-ctx.total[:, None], logits, alpha=ctx.scale, out=logits).exp_()
-            error = probs.scatter_add_(1, place, -inside[:, None].float())
-            if ctx.cap:
-                error *= slope
+            if hidden.is_cuda:
+                where = torch.where(inside, place[:, 0], -1)
+                error = compiled(head_error)(logits, ctx.total, where, ctx.scale, ctx.cap, hidden.dtype)
+            else:
+                slope = 1 - (logits / ctx.cap).square() if ctx.cap else None
+                probs = torch.add(-ctx.total[:, None], logits, alpha=ctx.scale, out=logits).exp_()
+                error = probs.scatter_add_(1, place, -inside[:, None].float())
+                if ctx.cap:
+                    error *= slope
             rounded = error.to(hidden.dtype)
             grad_hidden += rounded @ weight[tile]
             if grad_weight is not None:
                 torch.mm(rounded.T, scaled, out=grad_weight[tile])
             if grad_bias is not None:
-                grad_bias[tile] = grad[:, 0] @ error
+                grad_bias[tile] = grad[:, 0] @ error.float()
         return (grad * grad_hidden).to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
 
     @staticmethod

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from layers import RoomyLayer, fuse_norms, next_logits, pack_attention, select_rows
+from layers import RoomyLayer, fuse, next_logits, pack_attention, select_rows
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the other
@@ -49,7 +49,7 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_called(dtype)).to(device).eval()
         pack_attention(model)
         if device.type == "cuda":
-            fuse_norms(model)
+            fuse(model)
             torch.backends.cuda.enable_cudnn_sdp(False)  # makes a plan for each new shape: at every decoded token
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE

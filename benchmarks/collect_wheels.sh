@@ -14,7 +14,7 @@ mkdir -p "$whl"; rm -f "$whl"/*.whl
 wheels=(
   math-verify==0.9.0 latex2sympy2_extended==1.11.0 antlr4-python3-runtime==4.13.2   # rewards: the judge
   bottle==0.13.4 waitress==3.0.2                                                    # ref_server.py
-  hjson==3.1.0 pydantic==2.14.4 pydantic_core==2.50.5 annotated-types==0.8.0        # deepspeed's
+  hjson==3.1.0 pydantic==2.14.4 pydantic_core==2.50.5 annotated-types==0.8.0 typing-inspection typing-extensions  # deepspeed's
   trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19                     # benchmarks/compare.py, gpu.py
 )
 platforms=(); for n in 28 27 24 17 12 5; do platforms+=(--platform "manylinux_2_${n}_x86_64"); done

@@ -130,6 +130,10 @@ def graph(*work) -> dict:
     return ours(*work, SAMPLER="graph")
 
 
+def eager(*work) -> dict:
+    return ours(*work, SAMPLER="transformers")
+
+
 def trl_config(**options):
     """What TRL needs for the loss and the optimizer of this project, and to be quiet."""
     import torch

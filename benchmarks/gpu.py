@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import graph_sampler
-from layers import fuse_norms, pack_attention
+from layers import fuse, pack_attention
 from ref_server import token_logps
 from sampler import sample
 
@@ -54,18 +54,15 @@ def make_model(shape: str, fused=True):
             max_position_embeddings=2**20, tie_word_embeddings=True))
     model.to(torch.float32 if DEVICE.type == "cpu" else torch.bfloat16).eval()
     pack_attention(model)
-    if fused:
-        fuse_norms(model)
+    if fused and DEVICE.type == "cuda":
+        fuse(model)
     torch.backends.cuda.enable_cudnn_sdp(False)
     return model
 
 
-def main(shape="1.5b", tokens="512", tflops="989", gigabytes="80", longest_row="yes") -> dict[str, float]:
-    """Prints the figures and returns those of decoding and training."""
-    tokens, model, found = int(tokens), make_model(shape), {}
-    vocab, parameters, item = model.config.vocab_size, model.num_parameters(), model.dtype.itemsize
-    print(f"{shape}: {parameters / 1e9:.2f} billion parameters, {DEVICE}, {model.dtype}", flush=True)
-
+def speed(model, tokens: int, tflops: float, update) -> dict[str, float]:
+    """Decode steps by both samplers over their floor, and forward and backward passes of 16,000 tokens."""
+    vocab, parameters, item, found = model.config.vocab_size, model.num_parameters(), model.dtype.itemsize, {}
     block = torch.empty(2**28 if DEVICE.type != "cpu" else 2**22, device=DEVICE)
     bandwidth = 2 * block.nbytes / clock(block.clone)
     del block
@@ -86,16 +83,27 @@ def main(shape="1.5b", tokens="512", tflops="989", gigabytes="80", longest_row="
               f"{bandwidth / 1e9:.0f} GB/s ({ROWS / step:.0f} tokens a second)", flush=True)
         found |= {f"{name}_ms": 1e3 * step, f"{name}_over_floor": step / floor, "copy_gb_s": bandwidth / 1e9}
 
-    def update(rows):
-        token_logps(model, *rows).mean().backward()
-        model.zero_grad(set_to_none=False)
-
-    rows = rows_of(max(1, 8192 // (PROMPT + tokens)), tokens, vocab)
+    rows = rows_of(16000 // (PROMPT + tokens) if DEVICE.type != "cpu" else 8, tokens, vocab)
     seconds, computed = clock(lambda: update(rows)), -(-len(rows[1]) // 8) * PROMPT + int(rows[2].sum())
-    mfu = 6 * parameters * computed / seconds / float(tflops) / 1e12
+    mfu = 6 * parameters * computed / seconds / tflops / 1e12
     print(f"training: {computed / seconds:.0f} tokens a second, MFU {mfu:.1%} of {tflops} TFLOPS", flush=True)
     found |= {"train_tokens_s": computed / seconds, "mfu_percent": 100 * mfu}
-    if longest_row != "yes":
+    return found
+
+
+def main(shape="1.5b", tokens="512", tflops="989", gigabytes="80", parts="speed,longest") -> dict[str, float]:
+    """Prints the figures and returns those of decoding and training."""
+    tokens, model, found = int(tokens), make_model(shape), {}
+    vocab, parameters = model.config.vocab_size, model.num_parameters()
+    print(f"{shape}: {parameters / 1e9:.2f} billion parameters, {DEVICE}, {model.dtype}", flush=True)
+
+    def update(rows):
+        token_logps(model, *rows).mean().backward()
+        model.zero_grad()
+
+    if "speed" in parts:
+        found = speed(model, tokens, float(tflops), update)
+    if "longest" not in parts:
         return found
 
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
@@ -140,10 +148,10 @@ def trl_update(model, vocab: int):
     return update
 
 
-def longest(work) -> int:
-    """Tokens of the longest completion, within 1,024, that `work` has the memory for."""
+def longest(work, most=2**17) -> int:
+    """Tokens of the longest completion, within 1,024, that `work` has the memory for; no more than `most` are tried."""
     fits, fails = 1024, None
-    while fails is None or fails - fits > 1024:
+    while fits < most and (fails is None or fails - fits > 1024):
         length = 2 * fits if fails is None else (fits + fails) // 2
         try:
             work(length)

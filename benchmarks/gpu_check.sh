@@ -9,8 +9,9 @@
 # $OUT/profile.txt, the demo's steps in $OUT/metrics.jsonl. The last thing printed is a table of all figures.
 # Without a GPU (OUT=/tmp/o W=/tmp/w LIMIT=3000 bash benchmarks/gpu_check.sh) the same parts run with tiny shapes.
 #
-# Seconds expected on the H100: 1 install 25 | 2 demo 60 | 3 0.5B 50 | 4 1.5B 100 | 5 variants 50 | 6 compare: ours 40,
-# graph 35, TRL 70 | 7 tests 45 | 8 memory 25 | 9 resume 25; what is left over when LIMIT is up is skipped.
+# Seconds expected on the H100: 1 install 25 | 2 demo 60 | 3 0.5B 50 | 4 1.5B 100 | 5 variants 50 | 6 compare: ours 30,
+# eager 40, TRL 70 | 7 tests 45 | 8 memory 25 | 9 resume 25 | 10 longest
+# completion 60; what is left over when LIMIT is up is skipped.
 set -u
 test -f grpo_train.py || { echo "run this in the root of the checkout"; exit 2; }
 SECONDS=0
@@ -89,11 +90,11 @@ part "4 shape 1.5b" 170 python $PROBE shape 1.5b
 # ------------------------------------------------------------------------------------------------ 5. every path of the trainer (50 s)
 # Two steps of each on the embedded model, in one process. One that fails ends that process; the others get another.
 COMMON="BETA=0 REF_SERVER=http://127.0.0.1:9 STEPS=2 WARMUP_STEPS=0 EVAL_EVERY=0 SAVE_EVERY=0"
-declare -A WAY=([zero1]="" [graph]="SAMPLER=graph" [float32]="DTYPE=float32" [zero2]="ZERO_STAGE=2" [zero3]="ZERO_STAGE=3"
+declare -A WAY=([zero1]="" [eager]="SAMPLER=transformers" [float32]="DTYPE=float32" [zero2]="ZERO_STAGE=2" [zero3]="ZERO_STAGE=3"
     [checkpointing]="GRADIENT_CHECKPOINTING=True" [lora]="LORA_RANK=8 LR=5e-4" [micro]="MICRO_BATCH_TOKENS=1024"
-    [gspo]="IMPORTANCE=sequence UPDATES_PER_BATCH=2" [zero3graph]="ZERO_STAGE=3 SAMPLER=graph SAVE_EVERY=2")
-TODO=(zero1 graph zero3 float32 zero2 checkpointing lora micro gspo zero3graph)
-test -n "$GPU" || TODO=(zero1 graph zero3)
+    [gspo]="IMPORTANCE=sequence UPDATES_PER_BATCH=2" [zero3save]="ZERO_STAGE=3 SAVE_EVERY=2")
+TODO=(zero1 eager zero3 float32 zero2 checkpointing lora micro gspo zero3save)
+test -n "$GPU" || TODO=(zero1 eager zero3)
 DONE=("${TODO[@]}")
 for _ in 1 2 3; do
     (( ${#TODO[@]} )) || break
@@ -112,7 +113,7 @@ python $PROBE variants "${DONE[@]/#/$W/v/}" >>"$LOG" 2>&1
 # ------------------------------------------------------------------------------------------------ 6. beside TRL (40 + 35 + 55 s)
 wait $BUILD; cat "$W/build.log" >>"$LOG"
 export TORCH_CUDNN_SDPA_DEPRIORITIZED=1  # for TRL too: without it torch 2.11 plans attention anew at each decoded token
-for program in ours graph trl; do
+for program in ours eager trl; do
     part "6 compare $program" $(test -n "$GPU" && echo 90 || echo 300) bash -c \
         "python benchmarks/compare.py run $program $W/model $STEPS $PROMPTS $TOKENS exact $THREADS >$W/$program.json" &&
         python $PROBE compare $program "$W/$program.json" >>"$LOG" 2>&1
@@ -130,5 +131,7 @@ if test -n "$GPU"; then
     python $PROBE demo "$W/demo" >>"$LOG" 2>&1; cp "$W/demo/metrics.jsonl" "$OUT/" 2>/dev/null
 fi
 
+part "10 longest completion" $(test -n "$GPU" && echo 90 || echo 100) python benchmarks/gpu.py parts=longest \
+    $(test -n "$GPU" && echo shape=1.5b || echo shape=small tokens=16)
 note "done"
 python $PROBE table

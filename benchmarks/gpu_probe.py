@@ -68,7 +68,7 @@ def shape(name):
     import compare, gpu, graph_sampler, layers, ref_server, sampler
     DEVICE = gpu.DEVICE
     sections = {"0.5b": (benchmark, cudnn, after_graph),
-                "1.5b": (benchmark, training, head, profile, norms, blocks)}[name]
+                "1.5b": (fusion, benchmark, training, head, profile, blocks)}[name]
     say(f"{name} imports", seconds=time.time() - START, device=torch.cuda.get_device_name() if CUDA else "cpu")
     for section in sections:
         began = time.time()
@@ -91,7 +91,7 @@ def stats(d):
 
 def update(model, rows):
     ref_server.token_logps(model, *rows).mean().backward()
-    model.zero_grad(set_to_none=False)
+    model.zero_grad()
 
 
 def decode_ms(model, tokens, decoder=None, times=1):
@@ -107,7 +107,7 @@ def decode_ms(model, tokens, decoder=None, times=1):
 
 def benchmark(name):
     """benchmarks/gpu.py but for its longest completions: decode steps over their floor, MFU."""
-    figures = gpu.main(shape=name, tokens="4" if SMALL else "128" if name == "0.5b" else "256", longest_row="no")
+    figures = gpu.main(shape=name, tokens="4" if SMALL else "128" if name == "0.5b" else "256", parts="speed")
     say(f"{name} benchmarks/gpu.py", **figures, peak_gb=torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0.0)
 
 
@@ -249,16 +249,16 @@ def profile(name):
             top=[f"{(e.self_device_time_total if CUDA else e.self_cpu_time_total) / total:.0%} {e.key[:48]}" for e in kernels[:5]])
 
 
-def norms(name):
-    """torch's own RMS norm, one kernel on a GPU, instead of transformers' seven."""
+def fusion(name):
+    """Kernels of torch and its compiler for norms, gates and rotary embeddings, instead of transformers' many."""
     rows = gpu.rows_of(2 if SMALL else 12, 4 if SMALL else 512, 512 if SMALL else 151936)
-    for way, fused in ("transformers", False), ("torch", True):
+    for way, fused in ("as transformers has them", False), ("fused", True):  # in this order: rotary ones stay fused
         model = gpu.make_model(name, fused)
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         seconds = gpu.clock(lambda: update(model, rows), 2)
         peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0.0
-        say(f"{name} RMS norm by {way}", update_s=seconds, peak_gb=peak,
+        say(f"{name} small operations {way}", update_s=seconds, peak_gb=peak,
             graph_ms=decode_ms(model, 4 if SMALL else 128, graph_sampler.decode))
         del model
 
