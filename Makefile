@@ -11,8 +11,9 @@ demo: $(EMBEDDED)
 	examples/demo.sh $(DEMO)
 
 test: .venv/ready-for-tests $(EMBEDDED)
+	ON_GPU=1 python -m pytest -q tests/test_gpu.py  # skipped without a GPU, which all others hide
 	python -m pytest -q tests/test_rewards.py
-	python -m pytest -q -n 2 --dist worksteal tests --ignore tests/test_rewards.py
+	python -m pytest -q -n 2 --dist worksteal tests --ignore tests/test_rewards.py --ignore tests/test_gpu.py
 
 test-vllm: .venv-vllm/ready $(EMBEDDED)
 	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py

@@ -4,8 +4,9 @@
 
 A decode step launches hundreds of small kernels, and a GPU waits for most of them. Here a step has fixed shapes and
 reads no value back, so that the GPU records it once and repeats it, until the room in the cache is full or half of the
-completions have ended. Then these leave, the others get twice the room, and the step is recorded again. The random numbers
-are those of `sampler.decode`, and so are the completions, to rounding. Without CUDA the steps are computed one by one.
+completions have ended. Then these leave, the others get twice the room, and the step is recorded again. The random
+numbers are those of `sampler.decode`, and so are the completions, to rounding. Without CUDA the steps are computed one
+by one.
 """
 import torch
 from torch.nn import functional
@@ -41,8 +42,8 @@ def obstacle(model) -> str:
 
 
 def decoder(name: str, model):
-    """What SAMPLER=`name` decodes with: None is `sampler.decode`. "auto" takes the graph wherever it is faster: measured,
-    a decode step of 0.5 to 1.5 billion parameters on an H100 takes a quarter of the time."""
+    """What SAMPLER=`name` decodes with: None is `sampler.decode`. "auto" takes the graph wherever it can, on a GPU: on
+    an H100 a decode step of 0.5 to 1.5 billion parameters takes a quarter of the time then."""
     wanted = name == "graph" or name == "auto" and model.device.type == "cuda" and not obstacle(model)
     return decode if wanted else None
 

@@ -57,7 +57,7 @@ MAX_PROMPT_TOKENS = 128  # longer prompts are left out
 MAX_COMPLETION_TOKENS = 64  # 512 for GSM8K, thousands for competition mathematics
 MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
 TEMPERATURE = 1.0  # of sampling and of every log-prob; below 1 explores less
-SAMPLER = "auto"  # "graph", a CUDA graph, on a GPU if the model allows, else "transformers"; "vllm": requirements-vllm.txt
+SAMPLER = "auto"  # on a GPU "graph", if the model allows, else "transformers"; or "vllm", see requirements-vllm.txt
 VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
 IS_CAP = 2.0  # the sampler's log-probs are not quite the policy's, vLLM's least; their ratio weighs tokens, up to this
 
@@ -275,7 +275,7 @@ def spread(values: torch.Tensor) -> float:
 
 
 def fitting_tokens(model, gathered, prompt_tokens: int, rows_a_step: int) -> int:
-    """MICRO_BATCH_TOKENS, or its half, quarter, ... with which the largest micro-batch fits into every process's memory.
+    """MICRO_BATCH_TOKENS, or its half, quarter, ... with which the largest micro-batch fits into memory everywhere.
 
     Tried with rows as long as they can be, on a `model` without DeepSpeed's hooks, whose parameters are whole within
     `gathered()`: its gradients are dropped, and a process that lacks memory leaves none waiting in a collective. Zeros

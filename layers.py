@@ -114,9 +114,9 @@ def gated_mlp(mlp, hidden):
 
 
 def fuse(model) -> None:
-    """For a GPU: from now on `model`, and others of its file in transformers, take one kernel instead of five to ten for
-    RMS norms (where the formula is the same: that of Gemma multiplies by 1 + weight), for the gate of an MLP that is
-    written as Llama's, and for rotary embeddings."""
+    """For a GPU: from now on `model`, and others of its file in transformers, take one kernel instead of five to ten
+    for RMS norms (where the formula is the same: that of Gemma multiplies by 1 + weight), for the gate of an MLP that
+    is written as Llama's, and for rotary embeddings."""
     like_llama = inspect.getsource(LlamaMLP.forward)
     for module in model.modules():
         kind = type(module)
@@ -161,7 +161,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def select_rows(cache, rows) -> None:
-    """Of the cache's rows only these (B,), in this order. In a RoomyLayer those that keep their place are not copied."""
+    """Of the cache's rows only these (B,), in this order. A RoomyLayer copies none that keeps its place."""
     moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
     source = rows[moved]
     for layer in cache.layers:
@@ -230,7 +230,10 @@ def record(step: Step, inputs):
     """The step as TorchScript; None if what it does depends on values, as the choice of an expert may."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        script = torch.jit.trace(step, inputs, check_trace=False)
+        try:
+            script = torch.jit.trace(step, inputs, check_trace=False)
+        except ValueError:  # the model holds a buffer twice, as longrope does, which it also reads values for
+            return None
     about_shapes = __file__, functional.__file__  # one token a row, so many entries of the vocabulary: always right
     doubts = [w for w in warned if w.category is torch.jit.TracerWarning and w.filename not in about_shapes]
     return None if doubts else script

@@ -260,10 +260,12 @@ def draw(logits, uniform):
     probs = logits.softmax(-1)
     size = next(size for size in range(512, 0, -1) if probs.shape[1] % size == 0)
     blocks = probs.unflatten(1, (-1, size))
-    block, uniform = pick(blocks.sum(-1), uniform)
+    sums = blocks.sum(-1)
+    block, uniform = pick(sums, uniform)
     place, _ = pick(blocks[torch.arange(len(block), device=block.device), block], uniform)
     token = block * size + place
-    return token, probs.gather(1, token[:, None])[:, 0].log()
+    total = sums.sum(-1, dtype=torch.float64)  # 1, but for what softmax loses where it adds 150,000 up in float32
+    return token, (probs.gather(1, token[:, None])[:, 0] / total).log().float()
 
 
 def pick(weights, uniform):

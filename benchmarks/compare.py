@@ -4,7 +4,7 @@
     python benchmarks/compare.py vocab=151936 steps=3 rounds=2            # Qwen2.5's vocabulary
     python benchmarks/compare.py lengths=natural                          # EOS allowed: most are short, some 256 tokens
     python benchmarks/compare.py programs=ours,trl threads=1,2            # which, and with which numbers of threads
-    python benchmarks/compare.py shape=1.5b vocab=151936 prompts=8 tokens=512 programs=ours,graph,trl steps=4
+    python benchmarks/compare.py shape=1.5b vocab=151936 prompts=8 tokens=512 programs=ours,trl steps=4
 
 The last one is for a GPU. A model of Qwen2's shape (hidden 256, 4 layers), 4 prompts x 8 completions a step, AdamW in
 float32, a reference model, one update a step; needs requirements-test.txt. Every program runs alone and may use both
@@ -103,8 +103,9 @@ def train(output: str, environment: dict, ranks=1, **constants) -> list[dict]:
     import torch
 
     start = [f"{Path(sys.executable).parent}/deepspeed", "--num_accelerators", "2"] if ranks == 2 else [sys.executable]
+    stage = int(torch.accelerator.is_available())  # 0 on a CPU, where one process has nothing to split
     constants = dict(OUTPUT_DIR=output, REWARDS="reward_len", EVAL_EVERY=0, SAVE_EVERY=0, WARMUP_STEPS=0, BETA=BETA,
-                     LR=LR, ZERO_STAGE=int(torch.accelerator.is_available())) | constants  # 0 on a CPU: nothing to split
+                     LR=LR, ZERO_STAGE=stage) | constants
     words = [f"{name}={value}" for name, value in constants.items()]
     done = subprocess.run([*start, "grpo_train.py", *words], cwd=ROOT, env=environment, timeout=3000, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -124,10 +125,6 @@ def ours(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threa
         return shares([row["seconds"] for row in rows], phases) | {
             "trainer_mb": rows[-1]["peak_memory_mb"], "server_mb": peak_mb(server.pid),
             "tokens": statistics.mean(row["completion_tokens_total"] for row in rows[1:])}
-
-
-def graph(*work) -> dict:
-    return ours(*work, SAMPLER="graph")
 
 
 def eager(*work) -> dict:

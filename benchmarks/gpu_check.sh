@@ -9,9 +9,8 @@
 # $OUT/profile.txt, the demo's steps in $OUT/metrics.jsonl. The last thing printed is a table of all figures.
 # Without a GPU (OUT=/tmp/o W=/tmp/w LIMIT=3000 bash benchmarks/gpu_check.sh) the same parts run with tiny shapes.
 #
-# Seconds expected on the H100: 1 install 25 | 2 demo 60 | 3 0.5B 50 | 4 1.5B 100 | 5 variants 50 | 6 compare: ours 30,
-# eager 40, TRL 70 | 7 tests 45 | 8 memory 25 | 9 resume 25 | 10 longest
-# completion 60; what is left over when LIMIT is up is skipped.
+# Seconds on an H100: 1 install 12 | 2 demo 65, resumed 20 | 3 tests 45 | 4 memory 25 | 5 longest completion 60 | 6 variants
+# 60 | 7 compare: ours 45, eager 60, TRL 55 | 8 0.5B 50 | 9 1.5B 95; what is left over when LIMIT is up is skipped.
 set -u
 test -f grpo_train.py || { echo "run this in the root of the checkout"; exit 2; }
 SECONDS=0
@@ -60,11 +59,11 @@ print(json.dumps({'part': 'versions', 'python': platform.python_version(), **{na
     'cudnn': torch.backends.cudnn.version(), 'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None}),
     file=open(os.environ['RESULTS'], 'a'))"
 if python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then GPU=1; else GPU=; fi
-if test -n "$GPU"; then SHAPE=0.5b VOCAB=151936 PROMPTS=8 TOKENS=512 STEPS=3 THREADS=4; else
+if test -n "$GPU"; then SHAPE=0.5b VOCAB=151936 PROMPTS=8 TOKENS=256 STEPS=3 THREADS=4; else
     SHAPE=small VOCAB=512 PROMPTS=1 TOKENS=8 STEPS=2 THREADS=1; export OMP_NUM_THREADS=1; fi
 touch -c examples/arithmetic/model/config.json  # newer than its script, or the tests would build it again
 test -f examples/arithmetic/model/config.json || part "1 embedded model" 120 python examples/arithmetic.py  # if not carried
-# The model of part 6, by the CPU meanwhile (20 s).
+# The model of parts 4 and 7, by the CPU meanwhile (20 s).
 CUDA_VISIBLE_DEVICES= timeout 150 python -c "
 import sys; sys.path[:0] = ['benchmarks']
 from pathlib import Path
@@ -73,7 +72,7 @@ compare.build(Path('$W/making'), $VOCAB, 'exact', shape='$SHAPE')
 Path('$W/making').rename('$W/model')" >"$W/build.log" 2>&1 &
 BUILD=$!
 
-# ------------------------------------------------------------------------------------------------ 2. the main job (60 s)
+# ------------------------------------------------------------------------------------------------ 2. the main job, and going on with it (80 s)
 if test -n "$GPU"; then
     part "2 demo" 120 bash examples/demo.sh "$W/demo" STEPS=12
 else  # another port, since this machine is shared
@@ -82,12 +81,24 @@ else  # another port, since this machine is shared
             EVAL_EVERY=0 REF_SERVER=http://127.0.0.1:59991'
 fi
 python $PROBE demo "$W/demo" >>"$LOG" 2>&1; cp "$W/demo/metrics.jsonl" "$OUT/" 2>/dev/null
+if test -n "$GPU"; then
+    part "2 resumed" 60 bash examples/demo.sh "$W/demo" STEPS=20
+    python $PROBE demo "$W/demo" >>"$LOG" 2>&1; cp "$W/demo/metrics.jsonl" "$OUT/" 2>/dev/null
+fi
 
-# ------------------------------------------------------------------------------------------------ 3. 0.5B (60 s), 4. 1.5B (100 s)
-part "3 shape 0.5b" 100 python $PROBE shape 0.5b
-part "4 shape 1.5b" 170 python $PROBE shape 1.5b
 
-# ------------------------------------------------------------------------------------------------ 5. every path of the trainer (50 s)
+# ------------------------------------------------------------------------------------------------ 3. tests (45 s), 4. memory (25 s), 5. the longest completion (60 s)
+wait $BUILD; cat "$W/build.log" >>"$LOG"
+part "3 tests" $(test -n "$GPU" && echo 90 || echo 300) env ON_GPU=1 python -m pytest -q -s -p no:cacheprovider \
+    -k "not zero_stage and not first_update_starts_at_the_reference[transformers]" tests/test_gpu.py
+# Micro-batches of a million tokens: the first that fits, found before the first step (here there is none).
+part "4 memory" $(test -n "$GPU" && echo 60 || echo 200) python grpo_train.py MODEL="$W/model" DATASET="$W/model/data.jsonl" \
+    OUTPUT_DIR="$W/memory" BETA=0 STEPS=0 EVAL_EVERY=0 SAVE_EVERY=0 PROMPTS_PER_STEP=128 \
+    MAX_COMPLETION_TOKENS=896 MICRO_BATCH_TOKENS=$(test -n "$GPU" && echo 1000000 || echo 4000)
+part "5 longest completion" $(test -n "$GPU" && echo 90 || echo 100) python benchmarks/gpu.py parts=longest \
+    $(test -n "$GPU" && echo shape=1.5b || echo shape=small tokens=16)
+
+# ------------------------------------------------------------------------------------------------ 6. every path of the trainer (50 s)
 # Two steps of each on the embedded model, in one process. One that fails ends that process; the others get another.
 COMMON="BETA=0 REF_SERVER=http://127.0.0.1:9 STEPS=2 WARMUP_STEPS=0 EVAL_EVERY=0 SAVE_EVERY=0"
 declare -A WAY=([zero1]="" [eager]="SAMPLER=transformers" [float32]="DTYPE=float32" [zero2]="ZERO_STAGE=2" [zero3]="ZERO_STAGE=3"
@@ -100,7 +111,7 @@ for _ in 1 2 3; do
     (( ${#TODO[@]} )) || break
     TURNS=()
     for name in "${TODO[@]}"; do TURNS+=(-- "OUTPUT_DIR=$W/v/$name" ${WAY[$name]}); done
-    part "5 variants ${TODO[*]}" $(test -n "$GPU" && echo 80 || echo 400) python tests/in_turn.py $COMMON "${TURNS[@]}" && break
+    part "6 variants ${TODO[*]}" $(test -n "$GPU" && echo 80 || echo 400) python tests/in_turn.py $COMMON "${TURNS[@]}" && break
     LEFT=() FAILED=
     for name in "${TODO[@]}"; do  # the first that has not two steps is the one that failed
         if test "$(grep -c '"step": 2' "$W/v/$name/metrics.jsonl" 2>/dev/null)" = 1; then continue; fi
@@ -110,28 +121,17 @@ for _ in 1 2 3; do
 done
 python $PROBE variants "${DONE[@]/#/$W/v/}" >>"$LOG" 2>&1
 
-# ------------------------------------------------------------------------------------------------ 6. beside TRL (40 + 35 + 55 s)
-wait $BUILD; cat "$W/build.log" >>"$LOG"
+# ------------------------------------------------------------------------------------------------ 7. beside TRL (45 + 60 + 55 s)
 export TORCH_CUDNN_SDPA_DEPRIORITIZED=1  # for TRL too: without it torch 2.11 plans attention anew at each decoded token
 for program in ours eager trl; do
-    part "6 compare $program" $(test -n "$GPU" && echo 90 || echo 300) bash -c \
+    part "7 compare $program" $(test -n "$GPU" && echo 90 || echo 300) bash -c \
         "python benchmarks/compare.py run $program $W/model $STEPS $PROMPTS $TOKENS exact $THREADS >$W/$program.json" &&
         python $PROBE compare $program "$W/$program.json" >>"$LOG" 2>&1
 done
 
-# ------------------------------------------------------------------------------------------------ 7. tests (40 s), 8. resuming (25 s)
-part "7 tests" $(test -n "$GPU" && echo 90 || echo 300) env ON_GPU=1 python -m pytest -q -s -p no:cacheprovider \
-    -k "not zero_stage and not first_update_starts_at_the_reference[transformers]" tests/test_gpu.py
-# Micro-batches of a million tokens: the first that fits, found before the first step (here there is none).
-part "8 memory" $(test -n "$GPU" && echo 60 || echo 200) python grpo_train.py MODEL="$W/model" DATASET="$W/model/data.jsonl" \
-    OUTPUT_DIR="$W/memory" BETA=0 STEPS=0 EVAL_EVERY=0 SAVE_EVERY=0 PROMPTS_PER_STEP=128 \
-    MAX_COMPLETION_TOKENS=896 MICRO_BATCH_TOKENS=$(test -n "$GPU" && echo 1000000 || echo 4000)
-if test -n "$GPU"; then
-    part "9 resumed" 60 bash examples/demo.sh "$W/demo" STEPS=20
-    python $PROBE demo "$W/demo" >>"$LOG" 2>&1; cp "$W/demo/metrics.jsonl" "$OUT/" 2>/dev/null
-fi
+# ------------------------------------------------------------------------------------------------ 8. 0.5B (50 s), 9. 1.5B (95 s)
+part "8 shape 0.5b" 100 python $PROBE shape 0.5b
+part "9 shape 1.5b" 170 python $PROBE shape 1.5b
 
-part "10 longest completion" $(test -n "$GPU" && echo 90 || echo 100) python benchmarks/gpu.py parts=longest \
-    $(test -n "$GPU" && echo shape=1.5b || echo shape=small tokens=16)
 note "done"
 python $PROBE table

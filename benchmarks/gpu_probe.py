@@ -1,4 +1,7 @@
-"""What gpu_check.sh measures, as JSON lines in $RESULTS: python gpu_probe.py demo FOLDER | compare NAME FILE | variants FOLDER... | shape 0.5b|1.5b | table"""
+"""What gpu_check.sh measures, as JSON lines in $RESULTS.
+
+    python benchmarks/gpu_probe.py demo FOLDER | compare NAME FILE | variants FOLDER... | shape 0.5b|1.5b | table
+"""
 import gc
 import json
 import os
@@ -142,14 +145,15 @@ def cudnn(name):
 
 
 def after_graph(name):
-    """What a training pass costs after sampling in a graph, whose memory is kept: torch.cuda.graph would give it back."""
+    """What a training pass costs after sampling in a graph: `torch.cuda.graph` would empty the allocator's cache."""
     if not CUDA:
         return
     model = gpu.make_model(name)
     rows, seconds = gpu.rows_of(25, 512, model.config.vocab_size), {}
     gpu.clock(lambda: update(model, rows), 1)
     for way, decoder in ("eager", None), ("graph", graph_sampler.decode):
-        sampler.sample(model, [[5] * 30] * 8, 8, max_tokens=16, min_tokens=16, stop=[0], seeds=range(8), decoder=decoder)
+        sampler.sample(model, [[5] * 30] * 8, 8, max_tokens=16, min_tokens=16, stop=[0], seeds=range(8),
+                       decoder=decoder)
         torch.cuda.synchronize()
         start = time.perf_counter()
         update(model, rows)
@@ -177,8 +181,9 @@ def training(name):
             say(f"{name} training, {count} rows of 640", checkpointing=checkpointing, failed=str(error)[:120])
             continue
         computed = -(-count // 8) * gpu.PROMPT + int(rows[2].sum())
-        say(f"{name} training, {count} rows of 640", checkpointing=checkpointing, seconds=seconds, tokens_s=computed / seconds,
-            mfu_percent=6 * parameters * computed / seconds / 989e12 * 100, before_gb=before,
+        say(f"{name} training, {count} rows of 640", checkpointing=checkpointing, seconds=seconds,
+            tokens_s=computed / seconds, mfu_percent=6 * parameters * computed / seconds / 989e12 * 100,
+            before_gb=before,
             peak_gb=torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0.0)
 
 
@@ -207,8 +212,9 @@ def head(name):
         ctx.tile_size = ref_server.LOGITS_PER_TILE // count
         return plain(ctx, *inputs)
 
-    for way, tiles, per_tile in (("2^26", plain, 2**26), ("2^27", plain, 2**27), ("2^28", plain, 2**28),
-                                 ("2^26, rounded to bfloat16", rounded, 2**26), ("2^26, no multiple of 128", odd, 2**26)):
+    ways = (("2^26", plain, 2**26), ("2^27", plain, 2**27), ("2^28", plain, 2**28),
+            ("2^26, rounded to bfloat16", rounded, 2**26), ("2^26, no multiple of 128", odd, 2**26))
+    for way, tiles, per_tile in ways:
         layers.HeadLogps.tiles = staticmethod(tiles)
         try:
             def both():
@@ -229,24 +235,29 @@ def profile(name):
     model = gpu.make_model(name)
     rows = gpu.rows_of(2 if SMALL else 12, 4 if SMALL else 512, model.config.vocab_size)
     count = 4 if SMALL else 32
-    works = {"training pass": lambda: update(model, rows), f"graph sampler, {count} tokens x 64": lambda: sampler.sample(
-        model, [[5] * 128] * 8, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=range(8), decoder=graph_sampler.decode)}
+
+    def draw():
+        sampler.sample(model, [[5] * 128] * 8, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=range(8),
+                       decoder=graph_sampler.decode)
+
+    def cost(event):  # microseconds
+        return event.self_device_time_total if CUDA else event.self_cpu_time_total
+
+    works = {"training pass": lambda: update(model, rows), f"graph sampler, {count} tokens x 64": draw}
     for title, work in works.items():
         work()
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]) as found:
             work()
             if CUDA:
                 torch.cuda.synchronize()
-        kernels = [e for e in found.key_averages() if (e.self_device_time_total if CUDA else e.self_cpu_time_total) > 0]
-        kernels.sort(key=lambda e: -(e.self_device_time_total if CUDA else e.self_cpu_time_total))
-        total = sum(e.self_device_time_total if CUDA else e.self_cpu_time_total for e in kernels)
+        kernels = sorted((event for event in found.key_averages() if cost(event)), key=cost, reverse=True)
+        total = sum(map(cost, kernels))
         with open(f"{OUT}/profile.txt", "a") as file:
             print(f"\n{name} {title}: {total / 1e3:.1f} ms, {sum(e.count for e in kernels)} kernels", file=file)
             for e in kernels[:40]:
-                t = e.self_device_time_total if CUDA else e.self_cpu_time_total
-                print(f"{t / total:6.1%} {t / 1e3:9.2f} ms {e.count:7d}  {e.key[:150]}", file=file)
+                print(f"{cost(e) / total:6.1%} {cost(e) / 1e3:9.2f} ms {e.count:7d}  {e.key[:150]}", file=file)
         say(f"{name} profile, {title}", gpu_ms=total / 1e3, kernels=sum(e.count for e in kernels),
-            top=[f"{(e.self_device_time_total if CUDA else e.self_cpu_time_total) / total:.0%} {e.key[:48]}" for e in kernels[:5]])
+            top=[f"{cost(e) / total:.0%} {e.key[:48]}" for e in kernels[:5]])
 
 
 def fusion(name):
@@ -287,4 +298,5 @@ def blocks(name):
 
 
 if __name__ == "__main__":
-    {"demo": demo, "compare": compared, "variants": variants, "shape": shape, "table": table}[sys.argv[1]](*sys.argv[2:])
+    what, *rest = sys.argv[1:]
+    {"demo": demo, "compare": compared, "variants": variants, "shape": shape, "table": table}[what](*rest)

@@ -7,8 +7,9 @@ Training takes 16 bytes a parameter: 2 for the weight and 2 for its gradient in 
 float32; stage 1 splits the states over the GPUs, 2 the gradients too, 3 the weights too (ZeRO, arXiv 1910.02054,
 section 5), but sampling needs the weights whole. A token in the cache takes 2 x layers x key-value heads x head size x
 2 bytes, for `rows` completions on each GPU, of `tokens` with their prompt. Activations, with gradient checkpointing,
-are each layer's input for 16,384 tokens, and all of one layer. Nothing here is measured; libraries and fragments come
-on top.
+are each layer's input for 8,192 tokens, and all of one layer. For AdamW's step DeepSpeed copies its share of the
+gradients, flat, and again in float32: 6 bytes. One of these three at a time. Nothing here is measured; libraries and
+fragments come on top.
 """
 import sys
 
@@ -46,10 +47,11 @@ def gigabytes(model="1.5b", gpus="1", zero="1", rows="64", tokens="1024", lora="
         "states": states if stage < 1 else states / shares,
         "reference": weights if server == "here" else 0,
         "sampling": int(rows) * int(tokens) * 4 * layers * small + (weights if stage == 3 else 0),
-        "activations": 16384 * 2 * (layers * hidden + 6 * mlp),
+        "activations": 8192 * 2 * (layers * hidden + 6 * mlp),
+        "step": 6 * trained / shares,
     }
     fixed = sum(parts[name] for name in ("weights", "gradients", "states", "reference"))
-    parts["peak"] = fixed + max(parts["sampling"], parts["activations"])  # one after the other
+    parts["peak"] = fixed + max(parts["sampling"], parts["activations"], parts["step"])  # one after the other
     return {name: size / 1e9 for name, size in parts.items()}
 
 

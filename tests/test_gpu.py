@@ -64,7 +64,8 @@ def test_log_probs_in_bfloat16_are_right_to_its_rounding(policy, prompts, sample
     with torch.no_grad():
         trainer = token_logps(model, *inputs)
         exact = token_logps(copy.deepcopy(model).double(), *inputs)
-    print(f"\n{sampler}: sampler - trainer {rms(drawn - trainer):.4f} rms, trainer - float64 {rms(trainer - exact):.4f}")
+    print(f"\n{sampler}: sampler - trainer {rms(drawn - trainer):.4f} rms, "
+          f"trainer - float64 {rms(trainer - exact):.4f} rms")
     assert trainer.dtype == torch.float32 and not drawn.isnan().any() and not trainer.isnan().any()
     assert rms(trainer - exact) < 0.05 and rms(drawn - exact) < 0.05
 

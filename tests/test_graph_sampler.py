@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from conftest import rows
 from test_ref_server import make_model
 from test_sampler import PROMPTS
@@ -56,6 +57,34 @@ def test_a_model_with_a_sliding_window_is_refused(tiny):
     pack_attention(model)
     with pytest.raises(SystemExit, match="SAMPLER=graph wants a model with full attention in every layer"):
         sample(model, PROMPTS, 2, max_tokens=4, stop=[-1], seeds=[1, 2, 3], decoder=graph_sampler.decode)
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0,
+     "original_max_position_embeddings": 64, "rope_theta": 10000.0}])
+def test_rotary_embeddings_that_read_the_length_are_refused_and_sampled_without_a_graph(rope):
+    config = transformers.Qwen2Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=320, max_position_embeddings=128, rope_parameters=rope)
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    pack_attention(model)
+    options = {"max_tokens": 4, "stop": [-1], "seeds": [1, 2, 3]}
+    with pytest.raises(SystemExit, match="SAMPLER=graph wants rotary embeddings that do not depend on the largest"):
+        sample(model, PROMPTS, 2, **options, decoder=graph_sampler.decode)
+    assert len(sample(model, PROMPTS, 2, **options)) == 6
+
+
+def test_the_graph_is_taken_on_a_gpu_where_the_model_allows(tiny, monkeypatch):
+    model = tiny[0]
+    assert graph_sampler.decoder("graph", model) is graph_sampler.decode
+    assert graph_sampler.decoder("auto", model) is graph_sampler.decoder("transformers", model) is None  # on a CPU
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert graph_sampler.decoder("auto", model) is graph_sampler.decode
+    assert graph_sampler.decoder("transformers", model) is None
+    mistral = make_model("Mistral")
+    monkeypatch.setattr(type(mistral), "device", torch.device("cuda"))
+    assert graph_sampler.decoder("auto", mistral) is None
 
 
 def test_a_run_with_it_is_a_run_without_it(launch, few, tmp_path):

@@ -2,11 +2,14 @@
 
 import math
 import statistics
+import time
+from collections import Counter
 
 import pytest
 import torch
 
 import grpo_train
+import processes
 import report
 from grpo_train import GRPO_step, epoch_order, group_advantages, pack, set_advantages
 from ref_server import token_logps
@@ -68,7 +71,8 @@ def test_a_filler_of_weight_zero_adds_nothing():
     batch = make_batch([2], [2.0], 1, [-3.0, -3.0])
     loss, sums = GRPO_step(leaf, batch | {"weight": torch.zeros(2)})
     loss.backward()
-    assert not leaf.grad.any() and not any(v for name, v in sums.items() if name not in ("count logps", "sampler_ratio"))
+    assert not leaf.grad.any()
+    assert {name for name, value in sums.items() if value} == {"count logps", "sampler_ratio"}  # what was computed
 
 
 # ------------------------------------------------------------------------------------------------- the variants
@@ -284,6 +288,24 @@ def test_a_function_that_does_not_apply_is_left_out_of_the_mean():
     means = report.means(sums, 4)
     assert means["reward"] == 1.5 and means["reward/a"] == 1.5 and math.isnan(means["reward/b"])
     assert means.keys() == {"reward", "reward/a", "reward/b"}
+
+
+def test_the_samplers_ratio_is_a_mean_over_all_that_was_computed_and_no_0_without_a_signal(monkeypatch):
+    leaf = torch.tensor([-0.5, -1.5], requires_grad=True)
+    filler = make_batch([2], [2.0], 1, [-3.0, -3.0])
+    filler |= {"weight": torch.zeros(2), "sampler_logps": torch.tensor([-0.4, -1.5])}
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)  # alone
+    sums = report.means(processes.reduce(GRPO_step(leaf, filler)[1]), 8)
+    assert sums["sampler_ratio"] == pytest.approx((math.exp(-0.1) + 1) / 2, rel=1e-6) and sums["kl"] == 0
+
+
+def test_timers_wait_for_the_accelerator(monkeypatch):
+    seconds = Counter()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: time.sleep(0.05))
+    with report.timed(seconds, "train"):
+        pass
+    assert seconds["train"] >= 0.05
 
 
 def random_samples(tokenizer, count):

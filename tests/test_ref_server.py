@@ -7,6 +7,7 @@ import pickle
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +20,10 @@ from safetensors.torch import load, save
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fuzz_wire
+import layers
 import load as load_test
 import ref_server
-from layers import pack_attention
+from layers import fuse, pack_attention
 from ref_client import Reference, check_server, check_servers, request_logps, send, write_reference
 from ref_server import batched_logps, token_logps
 
@@ -122,6 +124,44 @@ def test_gradients_are_those_of_plain_transformers(family, tied, monkeypatch):
     (plain_logps(exact, *rows, 0.7) * weights).sum().backward()
     for (name, ours), plain in zip(model.named_parameters(), exact.parameters()):
         assert (ours.grad - plain.grad).norm() <= 2e-5 * plain.grad.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("family, compiled", [*((family, False) for family in FAMILIES), ("Qwen2", True)])
+def test_fused_operations_change_neither_values_nor_gradients(family, compiled, monkeypatch):
+    if not compiled:  # the operations as they are written, without torch.compile
+        monkeypatch.setattr(layers, "compiled", lambda function: function)
+    fused, plain, rows = make_model(family), make_model(family), make_groups()
+    with torch.no_grad():  # what a norm multiplies by must not be 1: some add 1 to it
+        for ours, other in zip(fused.parameters(), plain.parameters()):
+            ours.copy_(other.add_(torch.linspace(-0.3, 0.4, other.numel()).view_as(other) if other.dim() == 1 else 0))
+    file = sys.modules[type(fused).__module__]
+    monkeypatch.setattr(file, "apply_rotary_pos_emb", getattr(file, "apply_rotary_pos_emb", None), raising=False)
+    pack_attention(fused)
+    fuse(fused)
+    token_logps(fused, *rows).sum().backward()
+    monkeypatch.undo()
+    exact = plain.double()
+    (expected := plain_logps(exact, *rows, 1.0)).sum().backward()
+    assert (token_logps(fused, *rows) - expected).abs().max() < 2e-5
+    for (name, ours), other in zip(fused.named_parameters(), exact.parameters()):
+        assert (ours.grad - other.grad).norm() <= 2e-5 * other.grad.norm() + 1e-6, name
+    changed = sum("forward" in vars(module) for module in fused.modules())
+    norms_and_gates = {"Qwen3": 11, "Phi3": 5, "Cohere": 2, "Gemma2": 0, "Gemma3": 0, "GPTNeoX": 0, "Phi": 0}
+    assert changed == norms_and_gates.get(family, 7)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_the_heads_passes_on_a_gpu_are_those_of_softmax(cap):
+    generator = torch.Generator().manual_seed(0)
+    logits, scale = torch.randn(6, 50, generator=generator), 1.7
+    place = torch.tensor([3, -1, 7, 49, 0, -1])  # -1: the target is in another tile
+    total = layers.compiled(layers.log_total)(logits, scale)
+    exact = (scale * logits.double()).requires_grad_()
+    torch.testing.assert_close(total.double(), exact.logsumexp(1).detach(), atol=1e-6, rtol=0)
+    loss = exact.logsumexp(1).sum() - exact[range(6), place][place >= 0].sum()
+    expected = torch.autograd.grad(loss, exact)[0] * (1 - (logits.double() / cap) ** 2 if cap else 1)
+    error = layers.compiled(layers.head_error)(logits, total, place, scale, cap, torch.float32)
+    torch.testing.assert_close(error.double(), expected, atol=1e-6, rtol=0)
 
 
 class Made(TorchDispatchMode):

@@ -1,0 +1,78 @@
+"""DTYPE=bfloat16, what a GPU trains in, on a CPU: weights are rounded, AdamW's are not, and everything else holds."""
+
+import json
+
+import pytest
+import torch
+from conftest import rows
+from safetensors.torch import load_file
+
+import grpo_train
+from constants import check_constants
+from sampler import load_model
+from test_faults import moments
+
+WAYS = {"1": "", "2": "ZERO_STAGE=2", "3": "ZERO_STAGE=3", "lora": "LORA_RANK=4 LR=1e-2",
+        "renewed": "REF_SYNC_EVERY=1 BETA=0.04"}
+
+
+def test_runs_in_bfloat16(launch, embedded, tmp_path):
+    server = launch("ref_server.py", f"MODEL={embedded}/model", "DTYPE=bfloat16", "PORT=0")
+    url = server.wait_for(r"http://127.0.0.1:\d+", 120)[0]
+    turns = [("broken", "STEPS=1"), ("broken", "")] + list(WAYS.items())  # the last needs the server for itself
+    arguments = [word for name, way in turns for word in ("--", f"OUTPUT_DIR={tmp_path}/{name}", *way.split())]
+    code, text = launch(
+        "tests/in_turn.py", f"MODEL={embedded}/model", f"DATASET={embedded}/train.jsonl", f"REF_SERVER={url}",
+        "DTYPE=bfloat16", "PROMPTS_PER_STEP=8", "GROUP_SIZE=4", "LR=1e-3", "WARMUP_STEPS=0", "STEPS=2", "EVAL_EVERY=0",
+        "SAVE_EVERY=1", "KEEP_CHECKPOINTS=0",
+        *arguments).wait(400)
+    assert code == 0, text
+    found = {name: rows(tmp_path / name / "metrics.jsonl") for name, _ in turns}
+    after = {name: load_file(tmp_path / name / "step_2/model.safetensors") for name, _ in turns}
+    for name, (_, first, second) in found.items():
+        assert first["kl"] < 5e-4 and second["kl"] > first["kl"] and second["skipped_updates"] == 0, name
+        assert 0 < abs(first["sampler_ratio"] - 1) < 0.01, name
+        assert {tensor.dtype for tensor in after[name].values()} == {torch.bfloat16}, name
+    assert found["1"] == found["broken"]
+    assert all(torch.equal(after["1"][name], after["broken"][name]) for name in after["1"])
+
+    start = dict(load_model(f"{embedded}/model")[0].named_parameters())
+    flat = {name: torch.cat([(tensors[key].double() - start[key]).flatten() for key in sorted(start)])
+            for name, tensors in after.items()}
+    for name in "2", "3":  # the sums of gradients are rounded, which turns AdamW's first steps where they are tiny
+        assert torch.nn.functional.cosine_similarity(flat[name], flat["1"], 0) > 0.85, name
+        assert found[name][1]["grad_norm"] == pytest.approx(found["1"][1]["grad_norm"], rel=0.05), name
+    assert flat["lora"].norm() > 0 and moments(tmp_path / "1/step_2")[0].dtype == torch.float32
+    config = json.loads((tmp_path / "1/step_2/config.json").read_text())
+    assert config["dtype"] == "bfloat16" and load_model(str(tmp_path / "1/step_2"))[0].dtype == torch.float32
+
+
+def test_masters_keep_what_bfloat16_would_round_away(launch, few, tmp_path):
+    # Around 0.1 bfloat16 has steps of 5e-4: no update of 5e-5 moves a weight there, but ten of them, added up in
+    # float32, move many weights to the next step.
+    few = [*few, "BETA=0", "EVAL_EVERY=0", "SAVE_EVERY=10", "STEPS=10", "WARMUP_STEPS=0", "LR=5e-5", "DTYPE=bfloat16",
+           "PROMPTS_PER_STEP=2"]
+    code, text = launch("grpo_train.py", *few, f"OUTPUT_DIR={tmp_path}/run").wait()
+    assert code == 0, text
+    start = dict(load_model(few[0].removeprefix("MODEL="), dtype="bfloat16")[0].named_parameters())
+    after = load_file(tmp_path / "run/step_10/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    before = start["model.layers.0.mlp.up_proj.weight"]
+    moved = (after != before)[(0.08 < before.abs()) & (before.abs() < 0.12)]
+    assert len(moved) > 1000 and 0.05 < moved.double().mean()
+
+
+@pytest.mark.parametrize("enabled, constants, sentence", [
+    (True, {"ZERO_STAGE": 0}, "ZERO_STAGE=0: in bfloat16 DeepSpeed's first update is a quarter too small then: use 1"),
+    (False, {"ZERO_STAGE": 0}, None), (True, {"ZERO_STAGE": 1}, None)])
+def test_zero_0_is_refused_in_bfloat16(enabled, constants, sentence):
+    constants = vars(grpo_train) | constants | {"DS_CONFIG": {"bf16": {"enabled": enabled}}}
+    if sentence is None:
+        return check_constants(constants, 1)
+    with pytest.raises(SystemExit, match=sentence):
+        check_constants(constants, 1)
+
+
+@pytest.mark.parametrize("script", ["grpo_train.py", "ref_server.py"])
+def test_another_dtype_is_one_sentence(launch, script):
+    code, text = launch(script, "DTYPE=float16", "PORT=0" if script == "ref_server.py" else "BETA=0").wait()
+    assert code == 1 and "DTYPE=float16: expected one of auto, float32, bfloat16" in text

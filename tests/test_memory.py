@@ -1,0 +1,76 @@
+"""The micro-batch that fits is found before the first step, and a step never learns of it."""
+
+import pytest
+import torch
+from conftest import ROOT, rows
+from safetensors.torch import load_file
+
+import grpo_train
+from grpo_train import fitting_tokens
+
+SHORT_OF_MEMORY = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+import torch, ref_server
+limit, plain = int(os.environ["LIMIT"]), ref_server.token_logps
+last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1  # the other has enough
+def token_logps(model, tokens, *rest):
+    if torch.is_grad_enabled() and len(tokens) > limit and last:
+        raise torch.OutOfMemoryError("injected")
+    return plain(model, tokens, *rest)
+ref_server.token_logps = token_logps
+sys.argv[0] = "grpo_train.py"
+runpy.run_path("grpo_train.py", run_name="__main__")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "short_of_memory.py"
+    path.write_text(SHORT_OF_MEMORY.format(root=str(ROOT)))
+    return str(path)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_micro_batches_are_halved_until_the_longest_rows_fit(launch, few, tmp_path, script, processes):
+    few = [*few, "BETA=0", "EVAL_EVERY=0", "SAVE_EVERY=1", "WARMUP_STEPS=0", "PROMPTS_PER_STEP=4"]
+    python = ["deepspeed", "--num_accelerators", "2", "--master_port=29620"] if processes == 2 else []
+    code, text = launch(*python, "grpo_train.py", *few, "STEPS=2", f"OUTPUT_DIR={tmp_path}/enough").wait()
+    assert code == 0 and "do not fit" not in text, text
+    for steps in 1, 2:  # the second run goes on where the first has ended
+        code, text = launch(*python, script, *few, f"STEPS={steps}", f"OUTPUT_DIR={tmp_path}/short",
+                            env={"LIMIT": "700"}).wait()
+        assert code == 0 and text.count("because 8192 do not fit into memory") == 1, text
+    one, other = (load_file(tmp_path / name / "step_2/model.safetensors") for name in ("enough", "short"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-4)
+    one, other = (rows(tmp_path / name / "metrics.jsonl") for name in ("enough", "short"))
+    for first, second in zip(one, other, strict=True):
+        assert first == pytest.approx(second, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_row_that_does_not_fit_is_one_sentence(launch, few, tmp_path, script, processes):
+    python = ["deepspeed", "--num_accelerators", "2", "--master_port=29621"] if processes == 2 else []
+    code, text = launch(*python, script, *few, "BETA=0", "EVAL_EVERY=0", f"OUTPUT_DIR={tmp_path}/run",
+                        env={"LIMIT": "20"}).wait()
+    assert code and "does not fit into memory: lower MAX_COMPLETION_TOKENS" in text and "Traceback" not in text, text
+    assert "GRADIENT_CHECKPOINTING" in text and "ZERO_STAGE" in text and "LORA_RANK" in text
+
+
+def test_the_trial_is_as_large_as_a_micro_batch_can_be_and_leaves_nothing(tiny, monkeypatch):
+    model, sizes = tiny[0], []
+    before = [parameter.clone() for parameter in model.parameters()]
+    plain = grpo_train.token_logps
+    monkeypatch.setattr(grpo_train, "token_logps", lambda model, tokens, *rest: sizes.append(
+        [len(tokens), *map(len, rest[:2])]) or plain(model, tokens, *rest))
+    monkeypatch.setattr(grpo_train, "reduce", lambda values, operation: values)
+    monkeypatch.setattr(grpo_train, "MAX_COMPLETION_TOKENS", 30)
+    monkeypatch.setattr(grpo_train, "MICRO_BATCH_TOKENS", 500)
+    random = torch.random.get_rng_state()
+    assert fitting_tokens(model, torch.enable_grad, 20, 128) == 500 and sizes == [[500, 10, 10]]
+    assert fitting_tokens(model, torch.enable_grad, 20, 4) == 500 and sizes[1] == [200, 4, 4]  # a step has no more
+    assert fitting_tokens(model, torch.enable_grad, 600, 128) == 500 and sizes[2] == [630, 1, 1]  # a longer row alone
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters()))
+    assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
+    assert torch.equal(random, torch.random.get_rng_state())
