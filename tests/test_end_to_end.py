@@ -175,7 +175,8 @@ def test_an_update_does_not_depend_on_how_it_is_split(launch, embedded, tmp_path
                 assert metrics[way]["grad_norm"] is None, (name, way)  # DeepSpeed tells none
             else:
                 assert metrics[way]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5), (name, way)
-        assert (name == "dapo") == (expected["truncated_frac"] > 0) == (expected["clip_region_frac"] > 0)
+        assert (name == "dapo") == (expected["clip_region_frac"] > 0)
+        assert expected["truncated_frac"] > 0 or name != "dapo"
 
     folder = tmp_path / "lora0/step_1"  # the merged model is the one that it started from, and the adapters
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(f"{embedded}/model"), folder / "adapter")

@@ -31,14 +31,15 @@ def script(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_micro_batches_are_halved_until_the_longest_rows_fit(launch, few, tmp_path, script, processes):
+TWO = ["deepspeed", "--num_accelerators", "2"]
+
+
+def test_micro_batches_are_halved_until_the_longest_rows_fit_on_every_process(launch, few, tmp_path, script):
     few = [*few, "BETA=0", "EVAL_EVERY=0", "SAVE_EVERY=1", "WARMUP_STEPS=0", "PROMPTS_PER_STEP=4"]
-    python = ["deepspeed", "--num_accelerators", "2", "--master_port=29620"] if processes == 2 else []
-    code, text = launch(*python, "grpo_train.py", *few, "STEPS=2", f"OUTPUT_DIR={tmp_path}/enough").wait()
+    code, text = launch("grpo_train.py", *few, "STEPS=2", f"OUTPUT_DIR={tmp_path}/enough").wait()
     assert code == 0 and "do not fit" not in text, text
     for steps in 1, 2:  # the second run goes on where the first has ended
-        code, text = launch(*python, script, *few, f"STEPS={steps}", f"OUTPUT_DIR={tmp_path}/short",
+        code, text = launch(*TWO, "--master_port=29620", script, *few, f"STEPS={steps}", f"OUTPUT_DIR={tmp_path}/short",
                             env={"LIMIT": "700"}).wait()
         assert code == 0 and text.count("because 8192 do not fit into memory") == 1, text
     one, other = (load_file(tmp_path / name / "step_2/model.safetensors") for name in ("enough", "short"))
@@ -49,17 +50,35 @@ def test_micro_batches_are_halved_until_the_longest_rows_fit(launch, few, tmp_pa
         assert first == pytest.approx(second, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_row_that_does_not_fit_is_one_sentence(launch, few, tmp_path, script, processes):
-    python = ["deepspeed", "--num_accelerators", "2", "--master_port=29621"] if processes == 2 else []
-    code, text = launch(*python, script, *few, "BETA=0", "EVAL_EVERY=0", f"OUTPUT_DIR={tmp_path}/run",
-                        env={"LIMIT": "20"}).wait()
+def test_a_row_that_does_not_fit_is_one_sentence(launch, few, tmp_path, script):
+    code, text = launch(*TWO, "--master_port=29621", script, *few, "BETA=0", "EVAL_EVERY=0",
+                        f"OUTPUT_DIR={tmp_path}/run", env={"LIMIT": "20"}).wait()
     assert code and "does not fit into memory: lower MAX_COMPLETION_TOKENS" in text and "Traceback" not in text, text
     assert "GRADIENT_CHECKPOINTING" in text and "ZERO_STAGE" in text and "LORA_RANK" in text
 
 
+@pytest.mark.parametrize("limit, found", [(500, 500), (499, 250), (249, 125), (99, 50), (49, None)])
+def test_how_often_it_is_halved(tiny, monkeypatch, limit, found):
+    def token_logps(model, tokens, *rest):
+        if len(tokens) > limit:
+            raise torch.OutOfMemoryError("injected")
+        return plain(model, tokens, *rest)
+
+    plain = grpo_train.token_logps
+    monkeypatch.setattr(grpo_train, "token_logps", token_logps)
+    monkeypatch.setattr(grpo_train, "reduce", lambda values, operation: values)
+    monkeypatch.setattr(grpo_train, "MAX_COMPLETION_TOKENS", 30)
+    monkeypatch.setattr(grpo_train, "MICRO_BATCH_TOKENS", 500)
+    if found:
+        assert fitting_tokens(tiny[0], torch.enable_grad, 20, 128) == found
+    else:
+        with pytest.raises(SystemExit, match="a row of 50 tokens does not fit into memory"):
+            fitting_tokens(tiny[0], torch.enable_grad, 20, 128)
+
+
 def test_the_trial_is_as_large_as_a_micro_batch_can_be_and_leaves_nothing(tiny, monkeypatch):
     model, sizes = tiny[0], []
+    model.zero_grad()
     before = [parameter.clone() for parameter in model.parameters()]
     plain = grpo_train.token_logps
     monkeypatch.setattr(grpo_train, "token_logps", lambda model, tokens, *rest: sizes.append(
