@@ -32,12 +32,12 @@ load: .venv/ready-for-tests
 	.venv/bin/pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/ready-for-tests: .venv/ready requirements-test.txt
-	.venv/bin/pip install --quiet --requirement requirements-test.txt
+.venv/ready-for-tests: .venv/ready tests/requirements.txt
+	.venv/bin/pip install --quiet --requirement tests/requirements.txt
 	touch $@
 
-.venv-vllm/ready: requirements-vllm.txt requirements.txt
+.venv-vllm/ready: tests/requirements-vllm.txt requirements.txt
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet --requirement requirements-vllm.txt
+	.venv-vllm/bin/pip install --quiet --requirement tests/requirements-vllm.txt
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for CUDA, they fail to load
 	touch $@

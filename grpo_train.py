@@ -24,18 +24,20 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-import graph_sampler
-import processes
-import report
-from constants import check_constants, override_constants
-from evaluation import columns, compare, evaluate, score, tally
-from processes import reduce
-from ref_client import check_servers, renew_reference, request_logps
-from ref_server import token_logps
+from grpo import checkpoint
+from grpo.sampling import graph as graph_sampler
+from grpo import distributed
+from grpo import report
+from grpo.constants import check_constants, override_constants
+from grpo.evaluate import columns, compare, evaluate, score, tally
+from grpo.distributed import reduce
+from grpo.reference import check_servers, renew_reference, request_logps
+from grpo.policy import token_logps
 from rewards import check_rewards, load_rewards, reward_correct, reward_format
-from sampler import (add_adapters, dtype_called, load_model, load_prompts, micro_batches, pack, sample, stop_ids,
-                     tokens_until)
+from grpo.data import load_prompts
+from grpo.policy import add_adapters, dtype_called, load_model, stop_ids, tokens_until
+from grpo.sampling.transformers import sample
+from grpo.types import micro_batches, pack
 
 # Model and data
 MODEL = "examples/arithmetic/model"  # local folder or hub name
@@ -57,7 +59,7 @@ MAX_PROMPT_TOKENS = 128  # longer prompts are left out
 MAX_COMPLETION_TOKENS = 64  # 512 for GSM8K, thousands for competition mathematics
 MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
 TEMPERATURE = 1.0  # of sampling and of every log-prob; below 1 explores less
-SAMPLER = "auto"  # on a GPU "graph", if the model allows, else "transformers"; or "vllm", see requirements-vllm.txt
+SAMPLER = "auto"  # on a GPU "graph", if the model allows, else "transformers"; or "vllm", see tests/requirements-vllm.txt
 VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
 IS_CAP = 2.0  # the sampler's log-probs are not quite the policy's, vLLM's least; their ratio weighs tokens, up to this
 
@@ -317,7 +319,7 @@ def drop_bad_gradients(optimizer, *_) -> None:
 
 def main():
     global MICRO_BATCH_TOKENS
-    rank, world = processes.start()
+    rank, world = distributed.start()
     check_constants(globals(), world)
     if EVAL_ONLY:
         return compare(globals())
@@ -343,7 +345,7 @@ def main():
     draw = partial(sample, sampled, decoder=graph_sampler.decoder(SAMPLER, sampled))
     ready = gathered  # within `ready()` one samples from the weights as they are now
     if SAMPLER == "vllm":
-        from vllm_sampler import Engine  # here, because vLLM is optional
+        from grpo.sampling.vllm import Engine  # here, because vLLM is optional
         vllm = Engine(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, VLLM_MEMORY)
         draw, ready = vllm.sample, partial(vllm.ready, whole, gathered)
     engine = deepspeed.initialize(model=Policy(model).train(), config=DS_CONFIG)[0]
@@ -368,7 +370,7 @@ def main():
         renew = partial(renew_reference, REF_SERVER, OUTPUT_DIR, whole, gathered)
         reference = renew(f"{run}-{last}", alpha=0 if last else 1, patience=25)
 
-    processes.stop_at_signals()
+    distributed.stop_at_signals()
     progress = tqdm(desc="GRPO", initial=last, total=STEPS, disable=rank > 0)
     for step in range(last + 1, STEPS + 1):
         started, seconds, sums = time.perf_counter(), Counter(), Counter()
@@ -417,7 +419,7 @@ def main():
         # 6. What there is to say about it.
         totals = torch.tensor([[one["total"] for one in group] for group in groups], dtype=torch.float64)
         sums.update(tally(rewards, samples), reward_std=totals.std(1).sum() * GROUP_SIZE,
-                    advantage_zero_groups=(len(samples) - len(kept)) / GROUP_SIZE, stop=processes.stopping.is_set())
+                    advantage_zero_groups=(len(samples) - len(kept)) / GROUP_SIZE, stop=distributed.stopping.is_set())
         sums["completion_tokens_total"] = sums["completion_tokens_mean"]
         metrics = {"step": step, "lr": group["lr"], **report.means(reduce(sums), len(samples) * world),
                    "grad_norm": float("nan" if (norm := engine.get_global_grad_norm()) is None else norm),
@@ -452,4 +454,4 @@ def main():
 
 
 if __name__ == "__main__":
-    processes.run(main)
+    distributed.run(main)

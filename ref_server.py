@@ -13,14 +13,14 @@ start several. It is not a text generator, and plain HTTP is not encrypted: use 
 With the last one the server takes them over, between two answers; if that never comes, nothing changes. A request for
 log-probs with `reference=NAME` is answered 409 unless the server has these weights ("" are those of MODEL).
 
-`token_logps` below is the one place where log-probs are computed. The trainer imports it too, so the policy and the
-reference agree to rounding until the first update. The client is `ref_client.py`.
+The log-probs are computed by `grpo.policy.token_logps`, as the trainer's. Its side of this is `grpo/reference.py`.
 """
 import hmac
 import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +28,12 @@ from concurrent.futures import ThreadPoolExecutor
 import bottle
 import torch
 import waitress
-from safetensors.torch import load, save
-from torch.func import functional_call
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save
 
-from constants import override_constants
-from layers import HeadLogps, layout, tied
-from ref_client import accept_weights, unreadable
-from sampler import load_model, micro_batches
+from grpo.constants import override_constants
+from grpo.policy import load_model, token_logps
+from grpo.types import micro_batches
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name: the model that the policy starts from
 DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either of them by name, as the trainer's
@@ -43,39 +42,7 @@ PORT = 59875
 BATCH_TOKENS = 16384  # tokens of one forward pass, padding counted; halved by itself when the GPU is too small
 MAX_BODY_MB = 64  # largest request; a larger one is refused before it is read
 PLACES = 24  # requests in work or waiting, of the server's 32 threads; one more is told to come again
-LOGITS_PER_TILE = 2**26 if torch.accelerator.is_available() else 2**22  # alive at a time; 16 MB fit a CPU's cache
-
-
-# ------------------------------------------------------------------------------------------------- the model
-
-def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
-    """Log-probs of the completion tokens under `model` at a temperature; packed rows in, packed log-probs out.
-
-    tokens (N,) every row's prompt then its completion; prompt_lens, completion_lens (B,), all at least 1.
-    Returns (sum(completion_lens),) float32, natural log, differentiable. No mask by token value anywhere, so EOS
-    counts also where it doubles as padding. Rows are padded on the right, where a causal model never looks.
-    """
-    lens = prompt_lens + completion_lens
-    position = torch.arange(int(lens.max()), device=tokens.device)
-    is_token = position < lens[:, None]  # (B, L)
-    is_completion = is_token & (position >= prompt_lens[:, None])
-    rows = torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_token, tokens.long())
-    where = layout(rows, prompt_lens, lens)
-    embedding, replaced = tied(model)
-    packed, inputs = model.config._attn_implementation == "packed", {"input_ids": rows}
-    if packed:
-        inputs = {"input_ids": rows[where.computed][None], "layout": where,
-                  "position_ids": position.expand_as(rows)[where.computed][None],
-                  "attention_mask": tokens.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
-    hidden = functional_call(model.base_model, replaced, kwargs=inputs | {"use_cache": False}).last_hidden_state
-    hidden = hidden[0] if packed else hidden[where.computed]  # (N, H)
-    hidden = hidden[where.number[:, :-1][is_completion[:, 1:]]]  # (C, H): position t predicts token t + 1
-
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    scale = getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1) / temperature  # Cohere, Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    weight, bias = head.weight if embedding is None else embedding, getattr(head, "bias", None)
-    return HeadLogps.apply(hidden, weight, bias, rows[is_completion], scale, cap, LOGITS_PER_TILE)
+unreadable = (SafetensorError, KeyError, ValueError, TypeError, RuntimeError)  # what loading broken safetensors raises
 
 
 @torch.no_grad()
@@ -175,8 +142,50 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
         except torch.OutOfMemoryError:
             expect(False, f"a row of {max(rows[1] + rows[2])} tokens does not fit in the server's memory", 413)
 
-    accept_weights(app, model, name, worker, served, expect)
+    accept_weights(app, model, name, worker, served)
     return app
+
+
+def accept_weights(app, model, name: str, worker, served: dict) -> None:
+    """Other weights for `model`, called `name`: a route of `app`.
+
+    `worker` computes the answers, one after the other; `served["reference"]` says whose they are.
+    """
+    largest, arriving = 4 * model.num_parameters() + 2**20, {}
+
+    @app.put("/weights/<reference>")
+    def weights(reference):
+        start, size = (bottle.request.query.get(key, -1, type=int) for key in ("start", "size"))
+        body = bottle.request.environ["wsgi.input"].read()
+        expect(0 < size <= largest, f"size={size}: expected 1 to {largest} bytes of safetensors")
+        expect(0 <= start < start + len(body) <= size, f"start={start}: not the place of {len(body)} in {size} bytes")
+        try:
+            if start == 0 and reference not in arriving:
+                arriving.clear()
+                arriving[reference] = tempfile.NamedTemporaryFile()
+            file = arriving.get(reference)
+            there = os.fstat(file.fileno()).st_size if file else 0
+            expect(start <= there, f"start={start}: only {there} bytes of {reference} are here, start again", 409)
+            os.pwrite(file.fileno(), body, start)
+        except OSError as error:
+            expect(False, f"no room for {size} bytes of weights: {error}", 503)
+        if start + len(body) == size:
+            arriving.clear()
+            worker.submit(take_over, file.name, reference).result()
+        return served
+
+    def take_over(path, reference):
+        try:
+            new = load_file(path)
+        except unreadable as error:
+            expect(False, f"the weights are not safetensors: {error}")
+        old = dict(model.named_parameters())
+        same = old.keys() == new.keys() and all(old[key].shape == new[key].shape for key in old)
+        expect(same, f"{reference} holds the weights of another model than {name}")
+        with torch.no_grad():
+            for key, parameter in old.items():
+                parameter.copy_(new[key])
+        served["reference"] = reference
 
 
 def main():

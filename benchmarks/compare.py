@@ -7,7 +7,7 @@
     python benchmarks/compare.py shape=1.5b vocab=151936 prompts=8 tokens=512 programs=ours,trl steps=4
 
 The last one is for a GPU. A model of Qwen2's shape (hidden 256, 4 layers), 4 prompts x 8 completions a step, AdamW in
-float32, a reference model, one update a step; needs requirements-test.txt. Every program runs alone and may use both
+float32, a reference model, one update a step; needs tests/requirements.txt. Every program runs alone and may use both
 cores; this project's reference server is a process beside the trainer, and counted. Of several numbers of threads the
 best one is quoted.
 """
@@ -149,7 +149,7 @@ def trl(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, thread
     from transformers import TrainerCallback
     from trl import GRPOTrainer
 
-    import report
+    from grpo import report
     from rewards import reward_len
 
     torch.set_num_threads(threads)
@@ -199,7 +199,7 @@ def simple(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, thr
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import report
+    from grpo import report
     from rewards import reward_len
 
     torch.set_num_threads(threads)

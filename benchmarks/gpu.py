@@ -7,7 +7,7 @@
 8 prompts of 128 tokens x 8 completions. A decode step's floor is the bytes of weights and cache over the bandwidth that
 copying reaches; MFU is 6 x parameters x tokens of a forward and backward pass, over the seconds and `tflops`. The
 longest completion is that of one row with AdamW's states in memory and gradient checkpointing, in `gigabytes`; TRL's
-with its own loss, in the same place (requirements-test.txt).
+with its own loss, in the same place (tests/requirements.txt).
 """
 import sys
 import time
@@ -18,10 +18,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import graph_sampler
-from layers import fuse, pack_attention
-from ref_server import token_logps
-from sampler import sample
+from grpo.sampling import graph as graph_sampler
+from grpo.attention import pack_attention
+from grpo.policy import fuse
+from grpo.policy import token_logps
+from grpo.sampling.transformers import sample
 
 PROMPT, ROWS = 128, 64
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -64,11 +64,14 @@ def table():
 # ------------------------------------------------------------------------------------------------- on the device
 
 def shape(name):
-    global torch, gpu, compare, sampler, graph_sampler, layers, ref_server, DEVICE, CUDA, SMALL, functional
+    global torch, gpu, compare, sample, graph, policy, DEVICE, CUDA, SMALL, functional
     import torch
     from torch.nn import functional
     CUDA, SMALL = torch.cuda.is_available(), not torch.cuda.is_available()
-    import compare, gpu, graph_sampler, layers, ref_server, sampler
+    import compare, gpu
+    from grpo import policy
+    from grpo.sampling import graph
+    from grpo.sampling.transformers import sample
     DEVICE = gpu.DEVICE
     sections = {"0.5b": (benchmark, cudnn, after_graph),
                 "1.5b": (fusion, benchmark, training, head, profile, blocks)}[name]
@@ -93,7 +96,7 @@ def stats(d):
 
 
 def update(model, rows):
-    ref_server.token_logps(model, *rows).mean().backward()
+    policy.token_logps(model, *rows).mean().backward()
     model.zero_grad()
 
 
@@ -102,8 +105,8 @@ def decode_ms(model, tokens, decoder=None, times=1):
     prompts = torch.randint(vocab, (8, 128), generator=torch.Generator().manual_seed(1)).tolist()
 
     def draw(count):
-        sampler.sample(model, prompts, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=list(range(8)),
-                       decoder=decoder)
+        sample(model, prompts, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=list(range(8)),
+               decoder=decoder)
     whole, half = (gpu.clock(lambda: draw(count), times) for count in (tokens, tokens // 2))
     return 1e3 * (whole - half) / (tokens - tokens // 2)
 
@@ -129,7 +132,7 @@ def cudnn(name):
             for count in steps:  # the second time the plans are there
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                sampler.sample(model, prompts, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=list(range(8)))
+                sample(model, prompts, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=list(range(8)))
                 seconds.append(1e3 * (time.perf_counter() - start) / count)
             trained = []
             for _ in range(3):
@@ -151,9 +154,9 @@ def after_graph(name):
     model = gpu.make_model(name)
     rows, seconds = gpu.rows_of(25, 512, model.config.vocab_size), {}
     gpu.clock(lambda: update(model, rows), 1)
-    for way, decoder in ("eager", None), ("graph", graph_sampler.decode):
-        sampler.sample(model, [[5] * 30] * 8, 8, max_tokens=16, min_tokens=16, stop=[0], seeds=range(8),
-                       decoder=decoder)
+    for way, decoder in ("eager", None), ("graph", graph.decode):
+        sample(model, [[5] * 30] * 8, 8, max_tokens=16, min_tokens=16, stop=[0], seeds=range(8),
+               decoder=decoder)
         torch.cuda.synchronize()
         start = time.perf_counter()
         update(model, rows)
@@ -198,7 +201,7 @@ def head(name):
     few = slice(0, 16 if SMALL else 256)
     exact = hidden.detach()[few].double() @ weight.detach().double().T
     exact = exact.log_softmax(-1).gather(1, top[few, None])[:, 0]
-    plain = layers.HeadLogps.tiles
+    plain = policy.HeadLogps.tiles
 
     def rounded(ctx, hidden, weight, bias, targets):
         for start in range(0, len(weight), ctx.tile_size):
@@ -209,24 +212,24 @@ def head(name):
             yield tile, logits, place.clamp(0, logits.shape[1] - 1)[:, None], inside
 
     def odd(ctx, *inputs):
-        ctx.tile_size = ref_server.LOGITS_PER_TILE // count
+        ctx.tile_size = policy.LOGITS_PER_TILE // count
         return plain(ctx, *inputs)
 
     ways = (("2^26", plain, 2**26), ("2^27", plain, 2**27), ("2^28", plain, 2**28),
             ("2^26, rounded to bfloat16", rounded, 2**26), ("2^26, no multiple of 128", odd, 2**26))
     for way, tiles, per_tile in ways:
-        layers.HeadLogps.tiles = staticmethod(tiles)
+        policy.HeadLogps.tiles = staticmethod(tiles)
         try:
             def both():
-                layers.HeadLogps.apply(hidden, weight, None, top, 1.0, None, per_tile).sum().backward()
+                policy.HeadLogps.apply(hidden, weight, None, top, 1.0, None, per_tile).sum().backward()
 
             def forward():
                 with torch.no_grad():
-                    return layers.HeadLogps.apply(hidden, weight, None, top, 1.0, None, per_tile)
+                    return policy.HeadLogps.apply(hidden, weight, None, top, 1.0, None, per_tile)
             error = stats(forward()[few].double() - exact)
             say(f"{name} head, {way}", forward_ms=1e3 * gpu.clock(forward), both_ms=1e3 * gpu.clock(both), **error)
         finally:
-            layers.HeadLogps.tiles = staticmethod(plain)
+            policy.HeadLogps.tiles = staticmethod(plain)
 
 
 def profile(name):
@@ -237,8 +240,8 @@ def profile(name):
     count = 4 if SMALL else 32
 
     def draw():
-        sampler.sample(model, [[5] * 128] * 8, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=range(8),
-                       decoder=graph_sampler.decode)
+        sample(model, [[5] * 128] * 8, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=range(8),
+                decoder=graph.decode)
 
     def cost(event):  # microseconds
         return event.self_device_time_total if CUDA else event.self_cpu_time_total
@@ -270,13 +273,13 @@ def fusion(name):
         seconds = gpu.clock(lambda: update(model, rows), 2)
         peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0.0
         say(f"{name} small operations {way}", update_s=seconds, peak_gb=peak,
-            graph_ms=decode_ms(model, 4 if SMALL else 128, graph_sampler.decode))
+            graph_ms=decode_ms(model, 4 if SMALL else 128, graph.decode))
         del model
 
 
 def blocks(name):
     """What recording again every 64 tokens costs: more tokens a recording."""
-    model, before, plain, seconds = gpu.make_model(name), graph_sampler.BLOCK, graph_sampler.record, []
+    model, before, plain, seconds = gpu.make_model(name), graph.BLOCK, graph.record, []
 
     def timed(step):
         torch.cuda.synchronize()
@@ -286,15 +289,15 @@ def blocks(name):
         seconds.append(time.perf_counter() - start)
         return replay
 
-    graph_sampler.record = timed
+    graph.record = timed
     for block in before, 128, 256:
-        graph_sampler.BLOCK = block
+        graph.BLOCK = block
         try:
-            ms = decode_ms(model, 4 if SMALL else 512, graph_sampler.decode)
+            ms = decode_ms(model, 4 if SMALL else 512, graph.decode)
             say(f"{name} graph of {block} tokens", graph_ms=ms, record_ms=1e3 * statistics.median(seconds or [0.0]))
         finally:
-            graph_sampler.BLOCK = before
-    graph_sampler.record = plain
+            graph.BLOCK = before
+    graph.record = plain
 
 
 if __name__ == "__main__":

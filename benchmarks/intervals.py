@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluation import interval  # noqa: E402
+from grpo.evaluate import interval  # noqa: E402
 
 TRIALS = 4000
 

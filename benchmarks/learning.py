@@ -1,6 +1,6 @@
 """Seconds of training to 90 % held-out accuracy on the embedded task: this project and TRL from the same start.
 
-    python benchmarks/learning.py                        # needs requirements-test.txt and examples/arithmetic.py
+    python benchmarks/learning.py                        # needs tests/requirements.txt and examples/arithmetic.py
     python benchmarks/learning.py rounds=3 until=0.9
 
 The same prompts a step, group size, limits, rewards, optimizer, learning rate, warm-up and KL weight. Both are judged
@@ -46,10 +46,12 @@ def trl(until: float) -> dict:
     from transformers import TrainerCallback
     from trl import GRPOTrainer
 
-    from evaluation import score, tally
+    from grpo.evaluate import score, tally
     from grpo_train import SYSTEM_PROMPT
     from rewards import load_rewards, reward_correct, reward_format
-    from sampler import load_model, load_prompts, sample, stop_ids
+    from grpo.data import load_prompts
+    from grpo.policy import load_model, stop_ids
+    from grpo.sampling.transformers import sample
 
     torch.set_num_threads(os.cpu_count())
     model, tokenizer = load_model(MODEL)

@@ -17,7 +17,7 @@ import compare
 WAYS = {"meanwhile": 64, "afterwards": 10**9}  # tokens from one look for finished groups to the next
 REWARD = """
 import time
-import sampler
+from grpo.sampling import transformers as sampler
 sampler.BLOCK = {block}
 def slow(completions, **columns):
     time.sleep({seconds} * len(completions))

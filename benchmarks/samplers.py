@@ -16,8 +16,9 @@ import compare
 import torch
 from transformers import GenerationConfig
 
-import graph_sampler
-from sampler import load_model, sample, stop_ids
+from grpo.sampling import graph as graph_sampler
+from grpo.policy import load_model, stop_ids
+from grpo.sampling.transformers import sample
 
 PROMPTS, TOKENS = 4, 64
 

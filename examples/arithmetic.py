@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ref_server import token_logps  # noqa: E402
-from constants import override_constants  # noqa: E402
+from grpo.policy import token_logps  # noqa: E402
+from grpo.constants import override_constants  # noqa: E402
 
 OUTPUT_DIR = "examples/arithmetic"
 SEED = 0

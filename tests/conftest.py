@@ -118,7 +118,7 @@ def tiny_folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
-    from sampler import load_model
+    from grpo.policy import load_model
 
     return load_model(tiny_folder)
 

@@ -9,9 +9,9 @@ import sys
 import deepspeed
 
 sys.path.insert(0, ".")
-import ref_server  # noqa: E402
+from grpo import policy  # noqa: E402
 
-ref_server.LOGITS_PER_TILE = 2**14  # several tiles, as many as a process has tokens for
+policy.LOGITS_PER_TILE = 2**14  # several tiles, as many as a process has tokens for
 initialize = deepspeed.initialize
 
 

@@ -31,7 +31,7 @@ from safetensors.torch import load as read_safetensors
 from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
-from ref_server import token_logps
+from grpo.policy import token_logps
 
 LIMIT = 2**20  # MAX_BODY_MB=1
 TOKEN = "a token for this run"

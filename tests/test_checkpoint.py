@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
-import checkpoint
-import report
+from grpo import checkpoint
+from grpo import report
 
 SAME = "BETA=0 STEPS=6 SAVE_EVERY=2 EVAL_EVERY=3".split()
 

@@ -8,8 +8,8 @@ from conftest import rows
 from safetensors.torch import load_file
 
 import grpo_train
-from constants import check_constants
-from sampler import dtype_called, load_model
+from grpo.constants import check_constants
+from grpo.policy import dtype_called, load_model
 from test_faults import moments
 
 WAYS = {"1": "", "2": "ZERO_STAGE=2", "3": "ZERO_STAGE=3", "lora": "LORA_RANK=4 LR=1e-2",

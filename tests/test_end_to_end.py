@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo_train
 from conftest import rows
-from constants import check_constants
+from grpo.constants import check_constants
 
 METRICS = set(
     """step reward reward_std reward/reward_correct reward/reward_format advantage_zero_groups kl loss entropy
@@ -97,7 +97,8 @@ def test_process_supervision_alone_teaches_the_embedded_task(launch, embedded, t
 
 
 IN_BLOCKS = """
-import runpy, sys, sampler
+import runpy, sys
+from grpo.sampling import transformers as sampler
 sampler.BLOCK = int(sys.argv[1])
 sys.argv[:2] = ["grpo_train.py"]
 runpy.run_path("grpo_train.py", run_name="__main__")

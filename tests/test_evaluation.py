@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import rows
 
-import checkpoint
-import evaluation
+from grpo import checkpoint
+from grpo import evaluate as evaluation
 
 SAMPLES = 4
 
@@ -105,7 +105,7 @@ def test_the_intervals_cover_what_they_promise(hardness, samples):
 @pytest.fixture(scope="module")
 def trained(embedded, tmp_path_factory):
     """A model that is a little better than the embedded one: its weights moved a bit, as by training, and at random."""
-    from sampler import load_model
+    from grpo.policy import load_model
 
     folder = tmp_path_factory.mktemp("other") / "model"
     model, tokenizer = load_model(f"{embedded}/model")
@@ -122,7 +122,8 @@ def greedily_right(embedded) -> int:
     """Of the 200 held-out problems those that the embedded model solves, by transformers' own generation."""
     from grpo_train import SYSTEM_PROMPT
     from rewards import reward_correct
-    from sampler import load_model, load_prompts
+    from grpo.data import load_prompts
+    from grpo.policy import load_model
 
     model, tokenizer = load_model(f"{embedded}/model")
     problems, texts = load_prompts(f"{embedded}/heldout.jsonl", tokenizer, SYSTEM_PROMPT, 128), []
@@ -206,7 +207,7 @@ def test_a_model_with_itself_differs_by_nothing(launch, few, tiny_folder, tmp_pa
 ])
 def test_what_cannot_be_evaluated_is_one_sentence(arguments, sentence):
     import grpo_train
-    from constants import check_constants, override_constants
+    from grpo.constants import check_constants, override_constants
 
     constants = {name: value for name, value in vars(grpo_train).items() if name.isupper()}
     override_constants(constants, arguments)

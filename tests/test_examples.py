@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from examples import countdown
 from examples.countdown import reward_countdown
 from rewards import accuracy_reward, reward_correct
-from sampler import load_prompts
+from grpo.data import load_prompts
 from test_sampler import save_family
 
 GSM8K = [

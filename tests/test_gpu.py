@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import rows
 
-import graph_sampler
-from ref_server import token_logps
-from sampler import load_model, load_prompts, sample, stop_ids
+from grpo.sampling import graph as graph_sampler
+from grpo.policy import token_logps
+from grpo.data import load_prompts
+from grpo.policy import load_model, stop_ids
+from grpo.sampling.transformers import sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and ON_GPU=1 to see it")
 DECODERS = {"transformers": None, "graph": graph_sampler.decode}

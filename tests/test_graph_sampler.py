@@ -8,9 +8,9 @@ from test_ref_server import make_model
 from test_sampler import PROMPTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import graph_sampler
-from layers import pack_attention
-from sampler import sample
+from grpo.sampling import graph as graph_sampler
+from grpo.attention import pack_attention
+from grpo.sampling.transformers import sample
 
 MANY = list(range(0, 320, 10))  # stop tokens, so that completions end all the time
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import grpo_train
-import processes
-import report
+from grpo import distributed
+from grpo import report
 from grpo_train import GRPO_step, epoch_order, group_advantages, pack, set_advantages
-from ref_server import token_logps
-from sampler import micro_batches
+from grpo.policy import token_logps
+from grpo.types import micro_batches
 
 
 @pytest.fixture(autouse=True)
@@ -295,7 +295,7 @@ def test_the_samplers_ratio_is_a_mean_over_all_that_was_computed_and_no_0_withou
     filler = make_batch([2], [2.0], 1, [-3.0, -3.0])
     filler |= {"weight": torch.zeros(2), "sampler_logps": torch.tensor([-0.4, -1.5])}
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)  # alone
-    sums = report.means(processes.reduce(GRPO_step(leaf, filler)[1]), 8)
+    sums = report.means(distributed.reduce(GRPO_step(leaf, filler)[1]), 8)
     assert sums["sampler_ratio"] == pytest.approx((math.exp(-0.1) + 1) / 2, rel=1e-6) and sums["kl"] == 0
 
 

@@ -11,14 +11,15 @@ from grpo_train import fitting_tokens
 SHORT_OF_MEMORY = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
-import torch, ref_server
-limit, plain = int(os.environ["LIMIT"]), ref_server.token_logps
+import torch
+from grpo import policy
+limit, plain = int(os.environ["LIMIT"]), policy.token_logps
 last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1  # the other has enough
 def token_logps(model, tokens, *rest):
     if torch.is_grad_enabled() and len(tokens) > limit and last:
         raise torch.OutOfMemoryError("injected")
     return plain(model, tokens, *rest)
-ref_server.token_logps = token_logps
+policy.token_logps = token_logps
 sys.argv[0] = "grpo_train.py"
 runpy.run_path("grpo_train.py", run_name="__main__")
 """

@@ -20,12 +20,14 @@ from safetensors.torch import load, save
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fuzz_wire
-import layers
+from grpo import policy
 import load as load_test
 import ref_server
-from layers import fuse, pack_attention
-from ref_client import Reference, check_server, check_servers, request_logps, send, write_reference
-from ref_server import batched_logps, token_logps
+from grpo.attention import pack_attention
+from grpo.policy import fuse
+from grpo.reference import Reference, check_server, check_servers, request_logps, send, write_reference
+from grpo.policy import token_logps
+from ref_server import batched_logps
 
 SHAPE = dict(
     vocab_size=320,
@@ -114,7 +116,7 @@ def test_log_probs_are_those_of_plain_transformers(family):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_those_of_plain_transformers(family, tied, monkeypatch):
-    monkeypatch.setattr(ref_server, "LOGITS_PER_TILE", 1000)  # ten tiles
+    monkeypatch.setattr(policy, "LOGITS_PER_TILE", 1000)  # ten tiles
     model, rows = make_model(family, tie_word_embeddings=tied), make_groups()
     weights = torch.linspace(-1, 2, rows[2].sum())
     pack_attention(model)
@@ -129,7 +131,7 @@ def test_gradients_are_those_of_plain_transformers(family, tied, monkeypatch):
 @pytest.mark.parametrize("family, compiled", [*((family, False) for family in FAMILIES), ("Qwen2", True)])
 def test_fused_operations_change_neither_values_nor_gradients(family, compiled, monkeypatch):
     if not compiled:  # the operations as they are written, without torch.compile
-        monkeypatch.setattr(layers, "compiled", lambda function: function)
+        monkeypatch.setattr(policy, "compiled", lambda function: function)
     fused, plain, rows = make_model(family), make_model(family), make_groups()
     with torch.no_grad():  # what a norm multiplies by must not be 1: some add 1 to it
         for ours, other in zip(fused.parameters(), plain.parameters()):
@@ -155,12 +157,12 @@ def test_the_heads_passes_on_a_gpu_are_those_of_softmax(cap):
     generator = torch.Generator().manual_seed(0)
     logits, scale = torch.randn(6, 50, generator=generator), 1.7
     place = torch.tensor([3, -1, 7, 49, 0, -1])  # -1: the target is in another tile
-    total = layers.compiled(layers.log_total)(logits, scale)
+    total = policy.compiled(policy.log_total)(logits, scale)
     exact = (scale * logits.double()).requires_grad_()
     torch.testing.assert_close(total.double(), exact.logsumexp(1).detach(), atol=1e-6, rtol=0)
     loss = exact.logsumexp(1).sum() - exact[range(6), place][place >= 0].sum()
     expected = torch.autograd.grad(loss, exact)[0] * (1 - (logits.double() / cap) ** 2 if cap else 1)
-    error = layers.compiled(layers.head_error)(logits, total, place, scale, cap, torch.float32)
+    error = policy.compiled(policy.head_error)(logits, total, place, scale, cap, torch.float32)
     torch.testing.assert_close(error.double(), expected, atol=1e-6, rtol=0)
 
 
@@ -216,7 +218,7 @@ def test_tiles_of_the_head_change_neither_values_nor_gradients(tiny, monkeypatch
     model, _ = tiny
     results = []
     for logits_per_tile in 2**24, 1000:
-        monkeypatch.setattr(ref_server, "LOGITS_PER_TILE", logits_per_tile)
+        monkeypatch.setattr(policy, "LOGITS_PER_TILE", logits_per_tile)
         model.zero_grad()
         logps = token_logps(model, *make_rows())
         (logps * torch.arange(19.0)).sum().backward()

@@ -18,6 +18,7 @@ import transformers
 from conftest import ROOT
 
 import rewards
+from grpo import math_judge
 from rewards import (
     check_answers,
     check_rewards,
@@ -153,9 +154,9 @@ def running(group: int) -> list[str]:
 
 def test_no_judge_outlives_a_killed_trainer():
     code = (
-        "import threading, rewards; assert rewards.ask_judge('1/2', '2/4')\n"
+        "import threading, rewards; from grpo import math_judge; assert rewards.ask_judge('1/2', '2/4')\n"
         "threading.Thread(target=rewards.ask_judge, args=('5', '1000000000!')).start()\n"
-        "print(rewards.nursery[0].pid, flush=True)"
+        "print(math_judge.nursery[0].pid, flush=True)"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     group = int(trainer.stdout.readline())
@@ -173,25 +174,25 @@ def test_no_judge_outlives_a_killed_trainer():
 
 def test_the_judge_gets_ready_before_its_first_question():
     assert rewards.ask_judge("1", "1")
-    os.killpg(rewards.nursery[0].pid, signal.SIGKILL)
-    rewards.nursery[0].wait(5)
+    os.killpg(math_judge.nursery[0].pid, signal.SIGKILL)
+    math_judge.nursery[0].wait(5)
     check_rewards([reward_correct], {"answer": ["3"]})
     deadline = time.monotonic() + 30
-    while rewards.nursery[0].poll() is not None:
+    while math_judge.nursery[0].poll() is not None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
 def test_a_nursery_that_was_killed_is_replaced():
     assert rewards.ask_judge("1/2", "2/4")
-    os.killpg(rewards.nursery[0].pid, signal.SIGKILL)
-    rewards.nursery[0].wait(5)
+    os.killpg(math_judge.nursery[0].pid, signal.SIGKILL)
+    math_judge.nursery[0].wait(5)
     assert rewards.ask_judge("1/2", "2/4")
 
 
 def test_a_right_answer_is_not_lost_when_the_machine_stalls():
     assert rewards.ask_judge("1", "1")
-    group, verdicts, end = rewards.nursery[0].pid, [], threading.Event()
+    group, verdicts, end = math_judge.nursery[0].pid, [], threading.Event()
 
     def ask():
         while not end.is_set():

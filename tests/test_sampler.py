@@ -10,12 +10,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
-import graph_sampler
-import sampler
-from ref_server import token_logps
-from constants import override_constants
-from layers import pack_attention, recorded
-from sampler import draw, load_model, load_prompts, sample, stop_ids
+from grpo.sampling import graph as graph_sampler
+from grpo.sampling import transformers as sampler
+from grpo.policy import token_logps
+from grpo.constants import override_constants
+from grpo.attention import pack_attention
+from grpo.sampling.transformers import recorded
+from grpo.data import load_prompts
+from grpo.policy import load_model, stop_ids
+from grpo.sampling.transformers import draw, sample
 from test_ref_server import SHAPE, expected_logps, make_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18, 19]]
@@ -102,7 +105,7 @@ def test_a_prompt_has_the_same_completions_in_any_batch(tiny):
 def test_more_sequences_than_fit_are_taken_in_slices(tiny, monkeypatch):
     model, _ = tiny
     whole = sample(model, PROMPTS, 4, max_tokens=6, stop=[0], seeds=[1, 2, 3])
-    monkeypatch.setattr("sampler.MAX_SEQUENCES", 4)
+    monkeypatch.setattr("grpo.sampling.transformers.MAX_SEQUENCES", 4)
     assert [c.tokens.tolist() for c in sample(model, PROMPTS, 4, max_tokens=6, stop=[0], seeds=[1, 2, 3])] == [
         c.tokens.tolist() for c in whole
     ]

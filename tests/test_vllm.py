@@ -6,9 +6,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-import processes
-from ref_server import token_logps
-from sampler import load_model, load_prompts, pack, sample, stop_ids
+from grpo import distributed
+from grpo.policy import token_logps
+from grpo.data import load_prompts
+from grpo.policy import load_model, stop_ids
+from grpo.sampling.transformers import sample
+from grpo.types import pack
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm", exc_type=ImportError)
 
@@ -22,9 +25,9 @@ def policy(embedded):
 
 @pytest.fixture(scope="module")
 def engine(embedded):
-    from vllm_sampler import Engine
+    from grpo.sampling.vllm import Engine
 
-    processes.start()
+    distributed.start()
     return Engine(str(embedded / "model"), 128 + 64, 0.4)
 
 

@@ -1,4 +1,4 @@
-"""vLLM as the sampler: `SAMPLER="vllm"`, an engine in every process of the trainer (`requirements-vllm.txt`).
+"""vLLM as the sampler: `SAMPLER="vllm"`, an engine in every process of the trainer (`tests/requirements-vllm.txt`).
 
     engine = Engine("Qwen/Qwen2.5-1.5B-Instruct", max_length=1024, memory=0.4)
     with engine.ready(model, gathered):                   # the policy's weights, through memory, after each update
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
-from checkpoint import merged
-from sampler import Completion
+from grpo.checkpoint import merged
+from grpo.types import Completion
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, or weights would have to leave it
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -29,7 +29,7 @@ class Engine:
         try:
             from vllm import LLM
         except ImportError as error:
-            raise SystemExit(f"SAMPLER=vllm: {error} (pip install -r requirements-vllm.txt)") from error
+            raise SystemExit(f"SAMPLER=vllm: {error} (pip install -r tests/requirements-vllm.txt)") from error
         self.on_gpu = torch.cuda.is_available()
         device = {"dtype": "bfloat16", "gpu_memory_utilization": memory, "enable_sleep_mode": True}
         if not self.on_gpu:

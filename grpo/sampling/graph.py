@@ -13,8 +13,8 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from layers import RoomyLayer, additive
-from sampler import BLOCK, blank, draw, finished, prefill
+from grpo.attention import RoomyLayer, additive
+from grpo.sampling.transformers import BLOCK, blank, draw, finished, prefill
 
 
 class FixedLayer(DynamicLayer):

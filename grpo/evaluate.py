@@ -17,12 +17,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-import graph_sampler
-import report
-from processes import reduce
+from grpo import checkpoint
+from grpo.sampling import graph as graph_sampler
+from grpo import report
+from grpo.distributed import reduce
 from rewards import check_rewards, compute_rewards, load_rewards
-from sampler import MAX_SEQUENCES, load_model, load_prompts, sample, stop_ids
+from grpo.data import load_prompts
+from grpo.policy import load_model, stop_ids
+from grpo.sampling.transformers import MAX_SEQUENCES, sample
 
 MEASURES = {"accuracy": "accuracy", "format": "right form", "reward": "reward", "tokens": "tokens",
             "cut_off": "cut off"}

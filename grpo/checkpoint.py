@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-import report
+from grpo import report
 
 MAY_CHANGE = ("OUTPUT_DIR RESUME STEPS SAVE_EVERY EVAL_EVERY EVAL_ONLY EVAL_SAMPLES KEEP_CHECKPOINTS REF_SERVER "
               "MICRO_BATCH_TOKENS GRADIENT_CHECKPOINTING TRACKERS DS_CONFIG").split()

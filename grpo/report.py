@@ -1,7 +1,7 @@
 """What a run tells: its .jsonl files, the progress bar's line, the table before and after, the picture, the model card.
 
-    python report.py runs/arithmetic                 # table and reward.png, also while the run goes on
-    python report.py runs/arithmetic runs/other      # another run's curves for comparison
+    python -m grpo.report runs/arithmetic            # table and reward.png, also while the run goes on
+    python -m grpo.report runs/arithmetic runs/other # another run's curves for comparison
 """
 import json
 import os

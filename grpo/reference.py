@@ -8,7 +8,6 @@ reference that it is for; a server with another one, because it was killed and s
 """
 import itertools
 import os
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -18,16 +17,14 @@ from urllib.parse import urlencode
 import torch
 import torch.distributed as dist
 import urllib3
-from bottle import request
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, save, save_file
 
-from checkpoint import merged
+from grpo.checkpoint import merged
 
 turn = itertools.count(int(os.environ.get("RANK", 0)))  # whose turn it is among the servers
 silent_until = {}  # those that did not answer are left alone for a while
 sending = threading.Lock()
-unreadable = (SafetensorError, KeyError, ValueError, TypeError, RuntimeError)  # what loading broken safetensors raises
 
 
 class NoAnswer(SystemExit):
@@ -169,45 +166,3 @@ def send(servers: str, reference: Reference, patience=300.0, bytes_at_once: int 
                     start, restarts = 0, restarts + 1
                 if restarts > 10:
                     raise SystemExit(f"{url} does not take the reference {reference.name}: {said(answer)}")
-
-
-def accept_weights(app, model, name: str, worker, served: dict, expect) -> None:
-    """The server's half of `send`: a route of `app`, of the server that holds `model`, called `name`.
-
-    `worker` computes the answers, one after the other; `served["reference"]` says whose they are; `expect` refuses.
-    """
-    largest, arriving = 4 * model.num_parameters() + 2**20, {}
-
-    @app.put("/weights/<reference>")
-    def weights(reference):
-        start, size = (request.query.get(key, -1, type=int) for key in ("start", "size"))
-        body = request.environ["wsgi.input"].read()
-        expect(0 < size <= largest, f"size={size}: expected 1 to {largest} bytes of safetensors")
-        expect(0 <= start < start + len(body) <= size, f"start={start}: not the place of {len(body)} in {size} bytes")
-        try:
-            if start == 0 and reference not in arriving:
-                arriving.clear()
-                arriving[reference] = tempfile.NamedTemporaryFile()
-            file = arriving.get(reference)
-            there = os.fstat(file.fileno()).st_size if file else 0
-            expect(start <= there, f"start={start}: only {there} bytes of {reference} are here, start again", 409)
-            os.pwrite(file.fileno(), body, start)
-        except OSError as error:
-            expect(False, f"no room for {size} bytes of weights: {error}", 503)
-        if start + len(body) == size:
-            arriving.clear()
-            worker.submit(take_over, file.name, reference).result()
-        return served
-
-    def take_over(path, reference):
-        try:
-            new = load_file(path)
-        except unreadable as error:
-            expect(False, f"the weights are not safetensors: {error}")
-        old = dict(model.named_parameters())
-        same = old.keys() == new.keys() and all(old[key].shape == new[key].shape for key in old)
-        expect(same, f"{reference} holds the weights of another model than {name}")
-        with torch.no_grad():
-            for key, parameter in old.items():
-                parameter.copy_(new[key])
-        served["reference"] = reference

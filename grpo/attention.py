@@ -1,0 +1,130 @@
+"""Attention for rows that share prompts, without padding; and the key-value cache of decoding.
+
+The rows of a batch differ in length, and those of a group begin with the same prompt. As a rectangle, half of what the
+linear layers compute could be padding and prompts again. So the model is given every token once, as one long row, and
+only inside attention they are rows again: `layout` says where. transformers calls `attention` in every layer.
+"""
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+SIMILAR = 0.7  # attention pads rows to the longest of those that are at least so long, relative to the first
+
+
+class Layout(NamedTuple):
+    """Which tokens of the rows are computed, N in all, and where attention finds them."""
+    computed: torch.Tensor  # (B, L) bool: of equal prompts only the first
+    number: torch.Tensor  # (B, L): a token's place among those computed
+    parts: list[torch.Tensor]  # `number`, cut into rows of similar length, without most of the padding
+    places: torch.Tensor  # (N,): where the parts, flattened, have each computed token
+
+
+def layout(rows, prompt_lens, lens) -> Layout:
+    """For rows (B, L) of so many tokens (B,), of which so many are the prompt; at its best with the longest first."""
+    position = torch.arange(rows.shape[1], device=rows.device)
+    is_prompt, first = position < prompt_lens[:, None], {}
+    owner = [first.setdefault(tuple(row[:n]), i) for i, (row, n) in enumerate(zip(rows.tolist(), prompt_lens.tolist()))]
+    owner = torch.tensor(owner, device=rows.device)  # (B,), the row where a row's prompt is computed
+    is_first = owner == torch.arange(len(rows), device=rows.device)
+    computed = (position < lens[:, None]) & (~is_prompt | is_first[:, None])
+    number = computed.flatten().cumsum(0).view_as(rows) - 1
+    number = torch.where(is_prompt, number[owner], number)
+
+    lens, cuts = lens.tolist(), [0]
+    for row, length in enumerate(lens):
+        if length < SIMILAR * lens[cuts[-1]]:
+            cuts.append(row)
+    parts = [(slice(start, end), slice(max(lens[start:end]))) for start, end in zip(cuts, [*cuts[1:], len(lens)])]
+    places = torch.cat([computed[part].flatten() for part in parts]).nonzero()[:, 0]
+    return Layout(computed, number, [number[part] for part in parts], places)
+
+
+def attention(module, query, key, value, attention_mask, layout=None, sliding_window=None, **options):
+    """As transformers calls it: query (B, heads, T, D), key and value (B, key heads, S, D) -> ((B, T, heads, D), None).
+
+    With a `layout` B is 1, and T = S are the tokens that are computed, of all rows.
+    """
+    if layout is not None:
+        flat = [tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value)]  # (N, heads x D)
+        packed, widths, outputs = torch.cat(flat, 1), [tensor.shape[1] for tensor in flat], []
+        for part in layout.parts:  # (rows, length)
+            # An embedding's backward pass sums the gradients of a shared token in a fixed order, on a GPU too. It sorts
+            # the places for that, so query, key and value are taken at once.
+            found = functional.embedding(part, packed).split(widths, 2)
+            states = [tensor.unflatten(2, (like.shape[1], -1)).transpose(1, 2)  # (rows, heads, length, D)
+                      for tensor, like in zip(found, (query, key, value))]
+            mask, length = None, part.shape[1]  # a causal model never looks at the padding, which is on the right
+            if sliding_window and length > sliding_window:
+                position = torch.arange(length, device=part.device)
+                distance = position[:, None] - position
+                mask = ((0 <= distance) & (distance < sliding_window))[None, None]
+            output, _ = sdpa_attention_forward(module, *states, mask, **options)
+            outputs.append(output.flatten(2).flatten(0, 1))
+        output = torch.cat(outputs).index_select(0, layout.places)  # none twice, so here nothing has to be sorted
+        return output.unflatten(1, (query.shape[1], -1))[None], None
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    # One new token for each row: heads with the same keys are as good as several queries, and no key is copied.
+    query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    output = functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=options["scaling"])
+    return output.flatten(1, 2)[:, None], None
+
+
+def pack_attention(model) -> None:
+    """From now on `model` attends as above, if nothing but ordinary attention lets its tokens see each other."""
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    ordinary = model._supports_attention_backend and not model._is_stateful
+    if ordinary and model.config._attn_implementation == "sdpa" and layers <= {"full_attention", "sliding_attention"}:
+        AttentionInterface.register("packed", attention)
+        AttentionMaskInterface.register("packed", sdpa_mask)
+        model.set_attn_implementation("packed")
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values (B, heads, T, D) with room for more tokens: another token does not copy all of them."""
+    tokens, block = 0, 64
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def update(self, keys, values, *_, **__):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        states = self.longer(keys.shape[2])
+        for state, new in zip(states, (keys, values)):
+            state[:, :, -keys.shape[2] :] = new
+        return states
+
+    def longer(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values with `count` more tokens at their end, which are still to be written."""
+        self.tokens += count
+        if (missing := self.tokens - self.keys.shape[2]) > 0:
+            self.keys, self.values = (functional.pad(tensor, (0, 0, 0, missing + self.block))
+                                      for tensor in (self.keys, self.values))
+        return self.keys[:, :, : self.tokens], self.values[:, :, : self.tokens]
+
+
+def select_rows(cache, rows) -> None:
+    """Of the cache's rows only these (B,), in this order. A RoomyLayer copies none that keeps its place."""
+    moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+    source = rows[moved]
+    for layer in cache.layers:
+        if type(layer) is RoomyLayer:
+            for states in layer.keys, layer.values:
+                states[moved] = states[source]
+            layer.keys, layer.values = layer.keys[: len(rows)], layer.values[: len(rows)]
+        else:
+            layer.batch_select_indices(rows)
+
+
+def additive(mask, dtype) -> torch.Tensor:
+    """A mask (B, T) as attention adds it to its scores, (B, 1, 1, T): 0 or -inf. Else every layer would make it anew;
+    rows start at multiples of 8 numbers, or every layer would copy it on a GPU."""
+    room = torch.zeros(len(mask), 1, 1, -(-mask.shape[1] // 8) * 8, dtype=dtype, device=mask.device)
+    return room[..., : mask.shape[1]].masked_fill_(mask[:, None, None] == 0, -torch.inf)
