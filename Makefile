@@ -7,6 +7,7 @@ EMBEDDED := examples/arithmetic/model/config.json
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test test-vllm fuzz load
+.PRECIOUS: $(EMBEDDED)  # make would delete it from a finished folder when it is interrupted
 demo: $(EMBEDDED)
 	examples/demo.sh $(DEMO)
 

@@ -4,7 +4,6 @@
     deepspeed grpo_train.py                                     # all GPUs, or one CPU process
     deepspeed --num_accelerators 2 grpo_train.py LR=2e-6        # two processes; any constant below as NAME=value
     python grpo_train.py                                        # one process, for a debugger
-    deepspeed grpo_train.py EVAL_ONLY=True MODEL=one,other      # no training: what models are worth, side by side
 
 One step samples a group of completions for each prompt, rewards them, turns each group's rewards into advantages and
 takes AdamW steps, usually one, on the clipped objective with a KL penalty towards the reference model. There is no
@@ -25,18 +24,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from grpo import checkpoint
-from grpo.sampling import graph as graph_sampler
 from grpo import distributed
 from grpo import report
 from grpo.constants import check_constants, override_constants
-from grpo.evaluate import columns, compare, evaluate, score, tally
+from grpo.evaluate import columns, evaluate, score, tally
 from grpo.distributed import reduce
 from grpo.reference import check_servers, renew_reference, request_logps
 from grpo.policy import token_logps
 from rewards import check_rewards, load_rewards, reward_correct, reward_format
 from grpo.data import load_prompts
 from grpo.policy import add_adapters, dtype_called, load_model, stop_ids, tokens_until
-from grpo.sampling.transformers import sample
+from grpo.sampling import open_sampler
+from grpo.sampling.transformers import ahead
 from grpo.types import micro_batches, pack
 
 # Model and data
@@ -74,6 +73,7 @@ CLIP_LOW = 0.2  # the ratio is clipped to 1 - CLIP_LOW ...
 CLIP_HIGH = 0.2  # ... 1 + CLIP_HIGH; DAPO: 0.28
 ENTROPY_BONUS = 0.0  # weight of the entropy; 0.001 keeps a policy from settling too early
 UPDATES_PER_BATCH = 1  # AdamW steps on each batch; only with more of them is there anything to clip
+DROP_EQUAL_GROUPS = True  # leaves out groups whose rewards are all equal, and their KL term with them, to save time
 MASK_TRUNCATED = False  # completions that were cut off teach nothing (DAPO's overlong filtering)
 
 # Optimizer and memory
@@ -90,8 +90,6 @@ LORA_RANK = 0  # of the adapters that are trained instead of the weights; 0 trai
 # Logging
 EVAL_EVERY = 10  # steps, and at the start and the end; 0 turns it off
 SAVE_EVERY = 30  # steps, and at the end; 0 turns it off
-EVAL_ONLY = False  # no training: a table about MODEL on EVAL_DATASET, or about two, MODEL=one,other
-EVAL_SAMPLES = 8  # completions of each problem, for EVAL_ONLY: avg@k, pass@k
 KEEP_CHECKPOINTS = 2  # the newest; 0 keeps all of them
 TRACKERS = []  # any of tensorboard, wandb, csv: what metrics.jsonl holds, also there
 RESUME = True  # the same command continues an interrupted run; False refuses a folder that holds one
@@ -112,7 +110,7 @@ DS_CONFIG = {
     "csv_monitor": {"enabled": "csv" in TRACKERS, "output_path": OUTPUT_DIR, "job_name": "csv"},
 }
 
-judges, requests = ThreadPoolExecutor(1), ThreadPoolExecutor(8)  # rewards one after the other, the reference at once
+requests = ThreadPoolExecutor(8)  # to the reference server
 
 
 class Policy(torch.nn.Module):
@@ -175,9 +173,14 @@ def set_advantages(samples: list[dict], weights, tokenizer, batch_std: float | N
             sample_["advantage"][: tokens_until(tokenizer, sample_["completion"], end)] += weight * advantage
 
 
-def with_signal(groups: list[list[dict]]) -> list[dict]:
-    """The samples of all groups but those whose advantages are all zero, which have nothing to teach."""
-    return [sample_ for group in groups if any(one["advantage"].any() for one in group) for sample_ in group]
+def has_signal(group: list[dict]) -> bool:
+    """Whether an advantage of the group's samples is not zero, so that its rewards have something to teach."""
+    return any(sample_["advantage"].any() for sample_ in group)
+
+
+def trained(groups: list[list[dict]]) -> list[dict]:
+    """The samples that are trained on: all, or with DROP_EQUAL_GROUPS those of groups with a signal."""
+    return [sample_ for group in groups if has_signal(group) or not DROP_EQUAL_GROUPS for sample_ in group]
 
 
 def GRPO_step(logps: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -230,7 +233,7 @@ def judge(finished: dict, prompts, groups, rewards, tokenizer, reference) -> Non
     for place, group in zip(finished, judged):
         set_advantages(group, rewards.values(), tokenizer)
         groups[place] = group
-    for batch in micro_batches(with_signal(judged), MICRO_BATCH_TOKENS) if BETA else []:
+    for batch in micro_batches(trained(judged), MICRO_BATCH_TOKENS) if BETA else []:
         answer = requests.submit(request_logps, REF_SERVER, *pack(batch), TEMPERATURE, reference)
         for number, sample_ in enumerate(batch):
             sample_["ref_logps"] = lambda answer=answer, number=number: answer.result()[number]
@@ -321,8 +324,6 @@ def main():
     global MICRO_BATCH_TOKENS
     rank, world = distributed.start()
     check_constants(globals(), world)
-    if EVAL_ONLY:
-        return compare(globals())
     last = checkpoint.begin(OUTPUT_DIR, globals() | {"PROCESSES": world}, RESUME) if rank == 0 else 0
     last, run = map(int, reduce({"last": last, "run": secrets.randbits(48) if rank == 0 else 0}).values())
     checkpoint.see(OUTPUT_DIR)
@@ -342,12 +343,8 @@ def main():
     whole = copy.deepcopy(whole, {id(parameter): parameter for parameter in model.parameters()})
     sampled = whole.get_base_model() if LORA_RANK else whole
     gathered = partial(deepspeed.zero.GatheredParameters, list(model.parameters()))
-    draw = partial(sample, sampled, decoder=graph_sampler.decoder(SAMPLER, sampled))
-    ready = gathered  # within `ready()` one samples from the weights as they are now
-    if SAMPLER == "vllm":
-        from grpo.sampling.vllm import Engine  # here, because vLLM is optional
-        vllm = Engine(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, VLLM_MEMORY)
-        draw, ready = vllm.sample, partial(vllm.ready, whole, gathered)
+    rollouts, ready = open_sampler(
+        SAMPLER, whole, gathered, MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, VLLM_MEMORY)
     engine = deepspeed.initialize(model=Policy(model).train(), config=DS_CONFIG)[0]
     engine.basic_optimizer.register_step_pre_hook(drop_bad_gradients)
     engine.enable_backward_allreduce = world > 1 or ZERO_STAGE > 0  # alone there is nothing to add up
@@ -363,7 +360,7 @@ def main():
         metrics = {"step": 0}
         if EVAL_EVERY:
             with ready():
-                metrics |= evaluate(draw, tokenizer, rewards, heldout, **limits)
+                metrics |= evaluate(rollouts, tokenizer, rewards, heldout, **limits)
         if rank == 0:
             report.log(OUTPUT_DIR, metrics, engine.monitor)
     if REF_SYNC_EVERY:
@@ -380,15 +377,14 @@ def main():
         prompts = [train[epoch_order(n // len(train), len(train))[n % len(train)]] for n in numbers]
 
         # 2. A group of completions for each prompt. Those that are finished are judged while others are being written.
-        groups, judged = [None] * len(prompts), []
+        groups = [None] * len(prompts)
         with report.timed(seconds, "sample"), ready():
-            draw([prompt["ids"] for prompt in prompts], GROUP_SIZE, temperature=TEMPERATURE,
-                 min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers], **limits,
-                 done=lambda finished: judged.append(judges.submit(
-                     judge, finished, prompts, groups, rewards, tokenizer, reference)))
-        with report.timed(seconds, "reward"):
-            for part in judged:
-                part.result()
+            for finished in ahead(rollouts(
+                    [prompt["ids"] for prompt in prompts], GROUP_SIZE, temperature=TEMPERATURE,
+                    min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers], **limits)):
+                with report.timed(seconds, "reward", wait=False):  # the accelerator is at work on the next groups
+                    judge(finished, prompts, groups, rewards, tokenizer, reference)
+        seconds["sample"] -= seconds["reward"]
         samples = [sample_ for group in groups for sample_ in group]
 
         # 3. What depends on all of the step: how much a token weighs, and the batch's standard deviation.
@@ -402,7 +398,7 @@ def main():
                 set_advantages(group, rewards.values(), tokenizer, batch_std)
 
         # 4. Micro-batches of the groups that have something to teach.
-        kept = with_signal(groups)
+        kept = trained(groups)
         batches = make_batches(samples, kept, engine.device)
 
         # 5. The updates: gradients, micro-batch by micro-batch, then AdamW's step.
@@ -419,7 +415,7 @@ def main():
         # 6. What there is to say about it.
         totals = torch.tensor([[one["total"] for one in group] for group in groups], dtype=torch.float64)
         sums.update(tally(rewards, samples), reward_std=totals.std(1).sum() * GROUP_SIZE,
-                    advantage_zero_groups=(len(samples) - len(kept)) / GROUP_SIZE, stop=distributed.stopping.is_set())
+                    advantage_zero_groups=sum(not has_signal(group) for group in groups), stop=distributed.stopping.is_set())
         sums["completion_tokens_total"] = sums["completion_tokens_mean"]
         metrics = {"step": step, "lr": group["lr"], **report.means(reduce(sums), len(samples) * world),
                    "grad_norm": float("nan" if (norm := engine.get_global_grad_norm()) is None else norm),
@@ -428,7 +424,7 @@ def main():
         stop_asked = metrics.pop("stop") > 0
         if EVAL_EVERY and (step % EVAL_EVERY == 0 or step == STEPS):
             with ready():
-                metrics |= evaluate(draw, tokenizer, rewards, heldout, **limits)
+                metrics |= evaluate(rollouts, tokenizer, rewards, heldout, **limits)
         if rank == 0:
             report.log(OUTPUT_DIR, metrics, engine.monitor)
             report.write(OUTPUT_DIR, "completions", [

@@ -18,6 +18,12 @@ def override_constants(constants: dict, arguments: list[str]) -> None:
             raise SystemExit(f"{name}={text}: expected {kind.__name__}, as in {name}={valid[name]}") from None
 
 
+def require(condition, sentence: str) -> None:
+    """SystemExit with the sentence if the condition does not hold."""
+    if not condition:
+        raise SystemExit(sentence)
+
+
 def check_constants(constants: dict, processes: int) -> None:
     """SystemExit at the first of grpo_train.py's constants that cannot be right, for so many processes."""
     allowed = {"LOSS_TYPE": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo"), "IMPORTANCE": ("token", "sequence"),
@@ -27,11 +33,7 @@ def check_constants(constants: dict, processes: int) -> None:
         if constants[name] not in values:
             raise SystemExit(f"{name}={constants[name]}: expected one of {', '.join(map(str, values))}")
     wrong = {
-        "MODEL": lambda name: name.count(",") > constants["EVAL_ONLY"] and "one model, with EVAL_ONLY=True one or two",
-        "EVAL_DATASET": lambda name: constants["EVAL_ONLY"] and not name and "nothing to evaluate on",
-        "EVAL_SAMPLES": lambda n: n < 1 and "expected 1 at least",
-        "PROMPTS_PER_STEP": lambda n: (n % processes and not constants["EVAL_ONLY"]
-                                       and f"cannot be shared equally by {processes} processes"),
+        "PROMPTS_PER_STEP": lambda n: n % processes and f"cannot be shared equally by {processes} processes",
         "GROUP_SIZE": lambda n: n < 2 and "a group needs at least 2 completions to compare",
         "TEMPERATURE": lambda t: t <= 0 and "sampling needs a positive one",
         "IS_CAP": lambda cap: cap <= 0 and "a weight is positive",

@@ -1,5 +1,10 @@
-"""What completions are worth, in numbers: sampled ones of a step, greedy ones of the held-out problems; and with
-EVAL_ONLY a table about one model, or two side by side.
+"""What models are worth, in a table about one of them, or about two side by side.
+
+    python -m grpo.evaluate MODEL=runs/arithmetic/step_60
+    python -m grpo.evaluate MODEL=examples/arithmetic/model,runs/arithmetic/step_60 EVAL_SAMPLES=16
+    deepspeed --module grpo.evaluate MODEL=one,other EVAL_DATASET=...               # all GPUs share the problems
+
+Each problem is answered greedily once, and EVAL_SAMPLES times at TEMPERATURE. Needs no reference server.
 
 Intervals hold 95 % and take the problems for the units, because the samples of one problem are no independent evidence:
 1.96 standard errors of the per-problem means, or of their differences between two models (Miller, "Adding error bars to
@@ -8,6 +13,8 @@ for a rate two with 1 and two with 0 (Agresti and Coull, The American Statistici
 pair of each kind, 1 and 1, 0 and 0, 1 and 0, 0 and 1 (Agresti and Min, Statistics in Medicine 24, 2005).
 """
 import json
+import sys
+from contextlib import nullcontext
 from html import escape
 from math import comb, inf, isnan
 from pathlib import Path
@@ -17,14 +24,30 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from grpo import checkpoint
-from grpo.sampling import graph as graph_sampler
-from grpo import report
-from grpo.distributed import reduce
-from rewards import check_rewards, compute_rewards, load_rewards
+from grpo import checkpoint, distributed, report
+from grpo.constants import override_constants, require
 from grpo.data import load_prompts
+from grpo.distributed import reduce
 from grpo.policy import load_model, stop_ids
-from grpo.sampling.transformers import MAX_SEQUENCES, sample
+from grpo.sampling import open_sampler
+from grpo.sampling.transformers import MAX_SEQUENCES, in_order
+from rewards import check_rewards, compute_rewards, load_rewards
+
+MODEL = "examples/arithmetic/model"  # local folder or hub name; or two of them, with a comma between
+DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either by name
+EVAL_DATASET = "examples/arithmetic/heldout.jsonl"  # .jsonl, .parquet, or hub name[:config[:split]]
+EVAL_SAMPLES = 8  # completions of each problem at TEMPERATURE, for avg@k and pass@k
+QUESTION_COLUMN = "question"  # holds the problem
+SYSTEM_PROMPT = "First reason between <think> and </think>, then give the answer between <answer> and </answer>."
+REWARDS = ["reward_correct", "reward_format"]  # names of rewards.py, or module:function; the first counts as accuracy
+OUTPUT_DIR = "runs/arithmetic"  # evaluation.json, .jsonl and .html
+SEED = 0
+TEMPERATURE = 1.0
+MAX_PROMPT_TOKENS = 128  # longer prompts are left out
+MAX_COMPLETION_TOKENS = 64
+MIN_COMPLETION_TOKENS = 0
+SAMPLER = "auto"  # as in grpo_train.py
+VLLM_MEMORY = 0.4
 
 MEASURES = {"accuracy": "accuracy", "format": "right form", "reward": "reward", "tokens": "tokens",
             "cut_off": "cut off"}
@@ -70,13 +93,13 @@ def tally(rewards: dict, samples: list[dict]) -> dict[str, float]:
     return sums
 
 
-def evaluate(draw, tokenizer, rewards: dict, rows: list[dict], **options) -> dict[str, float]:
+def evaluate(rollouts, tokenizer, rewards: dict, rows: list[dict], **options) -> dict[str, float]:
     """Greedy completions of the held-out rows, shared by the processes: accuracy, rewards, length, share cut off.
 
-    `draw` is `sampler.sample` of a model, or like it; `options` are max_tokens and stop.
+    `rollouts` is that of a sampler; `options` are max_tokens and stop.
     """
     mine = rows[dist.get_rank() :: dist.get_world_size()]
-    completions = draw([row["ids"] for row in mine], 1, temperature=0, **options)
+    completions = in_order(rollouts([row["ids"] for row in mine], 1, temperature=0, **options))
     sums = tally(rewards, score(rewards, mine, completions, tokenizer))
     means = report.means(reduce(sums), len(rows))
     return {f"eval_{name.removeprefix('completion_')}": value for name, value in means.items()}
@@ -84,26 +107,25 @@ def evaluate(draw, tokenizer, rewards: dict, rows: list[dict], **options) -> dic
 
 # ------------------------------------------------------------------------------------------------- evaluation alone
 
-def compare(constants: dict) -> None:
-    """EVAL_ONLY: completions of EVAL_DATASET by one model or two; a table, and OUTPUT_DIR/evaluation.json, .jsonl and
-    .html. `constants` are those of grpo_train.py."""
-    names, folder = constants["MODEL"].split(","), Path(constants["OUTPUT_DIR"])
+def compare() -> None:
+    """A table about MODEL, and OUTPUT_DIR/evaluation.json, .jsonl and .html."""
+    names, folder = MODEL.split(","), Path(OUTPUT_DIR)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"OUTPUT_DIR={folder} cannot be written: {error}") from error
-    rewards = load_rewards(constants["REWARDS"])
-    found = [complete_all(name, rewards, constants) for name in names]
+    rewards = load_rewards(REWARDS)
+    found = [complete_all(name, rewards) for name in names]
     numbers = sorted(set.intersection(*map(set, found)))  # each tokenizer leaves out what is too long for it
     found = [{number: answers[number] for number in numbers} for answers in found]
-    if len(numbers) < 2:
-        raise SystemExit(f"EVAL_DATASET={constants['EVAL_DATASET']}: an interval needs two problems at least")
+    require(len(numbers) > 1, f"EVAL_DATASET={EVAL_DATASET}: an interval needs two problems at least")
     if dist.get_rank() > 0:
         return
     results = summary([list(map(worth, answers.values())) for answers in found])
-    about = {"problems": len(numbers)} | {name: constants[name] for name in (
-        "EVAL_DATASET", "EVAL_SAMPLES", "TEMPERATURE", "MAX_COMPLETION_TOKENS", "SYSTEM_PROMPT", "SEED")}
-    about |= {"REWARDS": {function.__name__: weight for function, weight in rewards.items()}}
+    about = {"problems": len(numbers), "EVAL_DATASET": EVAL_DATASET, "EVAL_SAMPLES": EVAL_SAMPLES,
+             "TEMPERATURE": TEMPERATURE, "MAX_COMPLETION_TOKENS": MAX_COMPLETION_TOKENS,
+             "SYSTEM_PROMPT": SYSTEM_PROMPT, "SEED": SEED,
+             "REWARDS": {function.__name__: weight for function, weight in rewards.items()}}
     both = {"models": [{"model": name} | result for name, result in zip(names, results)]}
     both |= {"difference": results[2]} if len(names) > 1 else {}
     text, rows = table(names, results, about), [row for answers in found for some in answers.values() for row in some]
@@ -113,29 +135,29 @@ def compare(constants: dict) -> None:
     print(f"\n{text}\n\nproblem by problem: {folder}/evaluation.html; every completion: {folder}/evaluation.jsonl")
 
 
-def complete_all(name: str, rewards: dict, constants: dict) -> dict[int, list[dict]]:
+def complete_all(name: str, rewards: dict) -> dict[int, list[dict]]:
     """A model's completions with their rewards, by the problem's number: the greedy one, then EVAL_SAMPLES more.
 
     The processes take turns at blocks of problems. These and the seeds are the same for any number of processes, and so
     are the completions.
     """
-    c, rank, world = constants, dist.get_rank(), dist.get_world_size()
-    model, tokenizer = load_model(name, c["MAX_PROMPT_TOKENS"] + c["MAX_COMPLETION_TOKENS"], c["DTYPE"])
-    rows = load_prompts(c["EVAL_DATASET"], tokenizer, c["SYSTEM_PROMPT"], c["MAX_PROMPT_TOKENS"], c["QUESTION_COLUMN"])
+    rank, world, longest = dist.get_rank(), dist.get_world_size(), MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS
+    model, tokenizer = load_model(name, longest, DTYPE)
+    rows = load_prompts(EVAL_DATASET, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN)
     check_rewards(rewards, columns(rows))
-    options = {"max_tokens": c["MAX_COMPLETION_TOKENS"], "stop": stop_ids(model, tokenizer),
-               "decoder": graph_sampler.decoder("auto", model)}
-    size = max(1, MAX_SEQUENCES // c["EVAL_SAMPLES"])
+    rollouts, ready = open_sampler(SAMPLER, model, nullcontext, name, longest, VLLM_MEMORY)
+    options = {"max_tokens": MAX_COMPLETION_TOKENS, "stop": stop_ids(model, tokenizer)}
+    size = max(1, MAX_SEQUENCES // EVAL_SAMPLES)
     blocks = [rows[start : start + size] for start in range(0, len(rows), size)][rank::world]
     found, everybody = {row["number"]: [] for block in blocks for row in block}, [None] * world
-    with tqdm(desc=name, total=len(found), unit="problem", disable=None if rank == 0 else True) as progress:
+    with ready(), tqdm(desc=name, total=len(found), unit="problem", disable=None if rank == 0 else True) as progress:
         for block in blocks:
             prompts = [row["ids"] for row in block]
-            greedy = sample(model, prompts, 1, temperature=0, **options)
-            sampled = sample(model, prompts, c["EVAL_SAMPLES"], temperature=c["TEMPERATURE"],
-                             min_tokens=c["MIN_COMPLETION_TOKENS"],
-                             seeds=[c["SEED"] << 32 | row["number"] for row in block], **options)
-            for repeated, completions in (1, greedy), (c["EVAL_SAMPLES"], sampled):
+            greedy = in_order(rollouts(prompts, 1, temperature=0, **options))
+            sampled = in_order(rollouts(
+                prompts, EVAL_SAMPLES, temperature=TEMPERATURE, min_tokens=MIN_COMPLETION_TOKENS,
+                seeds=[SEED << 32 | row["number"] for row in block], **options))
+            for repeated, completions in (1, greedy), (EVAL_SAMPLES, sampled):
                 its_rows = [row for row in block for _ in range(repeated)]
                 for answer in judged(name, rewards, its_rows, completions, tokenizer):
                     answers = found[answer["problem"]]
@@ -279,3 +301,17 @@ def answer_html(answer: dict) -> str:
     facts = ", ".join([*values, f"{answer['tokens']} tokens", *["cut off"] * answer["cut_off"]])
     colour = "right" if answer["accuracy"] else "wrong"
     return f"<td class={colour}><small>{escape(facts)}</small><pre>{escape(answer['completion'])}</pre></td>"
+
+
+def main() -> None:
+    require(MODEL.count(",") < 2, f"MODEL={MODEL}: expected one model or two")
+    require(EVAL_DATASET, "EVAL_DATASET=: nothing to evaluate on")
+    require(EVAL_SAMPLES > 0, f"EVAL_SAMPLES={EVAL_SAMPLES}: expected 1 at least")
+    require(TEMPERATURE > 0, f"TEMPERATURE={TEMPERATURE}: sampling needs a positive one")
+    distributed.start()
+    compare()
+
+
+if __name__ == "__main__":
+    override_constants(globals(), sys.argv[1:])
+    distributed.run(main)

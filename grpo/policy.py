@@ -3,7 +3,6 @@
 Trainer, reference server and examples call it, so the policy and the reference agree to rounding until the first update.
 Of the LM head GRPO needs one number for each token of a completion: `HeadLogps` never holds all the logits.
 """
-import ctypes
 import gc
 import inspect
 import sys
@@ -19,7 +18,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from grpo.attention import layout, pack_attention
 
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 LOGITS_PER_TILE = 2**26 if torch.accelerator.is_available() else 2**22  # alive at a time; 16 MB fit a CPU's cache
 CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}"
                  "{% if add_generation_prompt %}Assistant:{% endif %}")  # for base models that have none
@@ -57,10 +55,6 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto"):
     if tokens > longest:
         raise SystemExit(f"MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS is over the {longest} tokens of MODEL={path}")
     gc.freeze()  # what has been imported and loaded stays, there is nothing to collect
-    if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # else the memory of a tensor goes back to the kernel, which has to clear it again for the next one
-        for setting, value in (M_TRIM_THRESHOLD, 2**30), (M_MMAP_MAX, 0), (M_ARENA_MAX, 1):
-            libc.mallopt(setting, value)
     return model, tokenizer
 
 

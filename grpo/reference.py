@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlencode
 
+import requests
 import torch
 import torch.distributed as dist
-import urllib3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 
@@ -39,36 +39,39 @@ class Reference(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------- log-probs
 
-def ask(method: str, servers: str, path: str, patience: float, accept=200, body=None) -> urllib3.HTTPResponse:
+def ask(method: str, servers: str, path: str, patience: float, accept=200, body=None) -> requests.Response:
     """One HTTP exchange with the next one of the servers (addresses with commas between) that answers, tried again for
-    `patience` seconds: its answer, if it is 200 or `accept`, with its address. SystemExit says what went wrong."""
+    `patience` seconds: its answer, if it is 200 or `accept`, with its address as `server`. SystemExit says what is
+    wrong."""
     headers = {"Authorization": f"Bearer {os.environ.get('REF_TOKEN', '')}"}
     start = now = time.monotonic()
     while now < start + patience:
         urls = [url for url in servers.split(",") if silent_until.get(url, 0) < now] or servers.split(",")
         url, pause = urls[next(turn) % len(urls)], 0.5
+        limits = 5, max(1, (start + patience - now) / len(urls))  # seconds to connect, and between two bytes
         try:
-            timeout = urllib3.Timeout(connect=5, read=max(1, (start + patience - now) / len(urls)))
-            with urllib3.PoolManager() as pool:
-                response = pool.request(method, url + path, body, headers=headers, timeout=timeout, retries=False)
-        except urllib3.exceptions.HTTPError as error:
+            with requests.Session() as session:
+                session.trust_env = False  # a proxy for the internet is nothing for these servers
+                answer = session.request(method, url + path, data=body, headers=headers, timeout=limits,
+                                         allow_redirects=False)
+        except requests.RequestException as error:
             silent_until[url], reason = time.monotonic() + 30, error
         else:
-            if response.status in (200, accept):
-                response.url = url
-                return response
-            reason = f"{url}{path} answered {response.status}: {said(response)}"
-            if response.status != 503:
+            if answer.status_code in (200, accept):
+                answer.server = url
+                return answer
+            reason = f"{url}{path} answered {answer.status_code}: {said(answer)}"
+            if answer.status_code != 503:
                 raise SystemExit(reason)
-            pause = int(response.headers["Retry-After"])
+            pause = int(answer.headers["Retry-After"])
         time.sleep(pause)
         now = time.monotonic()
     raise NoAnswer(f"no answer from a reference server at {url}{path} in {patience:.0f} s (start it: "
                    f"python ref_server.py MODEL=...): {reason}")
 
 
-def said(answer: urllib3.HTTPResponse) -> str:
-    return answer.data.decode(errors="replace").strip()
+def said(answer: requests.Response) -> str:
+    return answer.content.decode(errors="replace").strip()
 
 
 def request_logps(servers: str, tokens, prompt_lens, completion_lens, temperature, reference: Reference | None = None,
@@ -80,9 +83,9 @@ def request_logps(servers: str, tokens, prompt_lens, completion_lens, temperatur
     query = urlencode({"temperature": temperature, "reference": reference.name if reference else ""})
     for _ in range(5):
         answer = ask("POST", servers, f"/logps?{query}", patience, 409 if reference else 200, body)
-        if answer.status == 200:
-            return load(answer.data)["logps"].split(completion_lens.tolist())
-        send(answer.url, reference)
+        if answer.status_code == 200:
+            return load(answer.content)["logps"].split(completion_lens.tolist())
+        send(answer.server, reference)
     raise SystemExit(f"five times, instead of {reference.name}: {said(answer)}")
 
 
@@ -162,7 +165,7 @@ def send(servers: str, reference: Reference, patience=300.0, bytes_at_once: int 
                 answer = ask("PUT", url, f"/weights/{reference.name}?{urlencode({'start': start, 'size': size})}",
                              patience, 409, piece)
                 start += len(piece)
-                if answer.status == 409:  # the server was killed meanwhile and does not have the beginning
+                if answer.status_code == 409:  # the server was killed meanwhile and does not have the beginning
                     start, restarts = 0, restarts + 1
                 if restarts > 10:
                     raise SystemExit(f"{url} does not take the reference {reference.name}: {said(answer)}")

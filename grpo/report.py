@@ -37,11 +37,11 @@ TABLE = {
 
 
 @contextmanager
-def timed(seconds: Counter, name: str):
-    """Adds the seconds that the block takes to `seconds[name]`, until its work on an accelerator is done."""
+def timed(seconds: Counter, name: str, wait=True):
+    """Adds the seconds that the block takes to `seconds[name]`, until the accelerator has done its work, if `wait`."""
     start = time.perf_counter()
     yield
-    if torch.accelerator.is_available():
+    if wait and torch.accelerator.is_available():
         torch.accelerator.synchronize()
     seconds[name] += time.perf_counter() - start
 

@@ -1,6 +1,8 @@
 """Real launches: the server, the deepspeed launcher, one and two processes, and what is left on the disk."""
 
 import json
+import subprocess
+import sys
 from itertools import chain
 
 import pytest
@@ -133,6 +135,38 @@ def test_what_is_judged_while_others_are_written_is_judged_alike(launch, embedde
     for one, other in zip(*map(chain.from_iterable, found), strict=True):
         assert [one.pop(name, "") for name in TEXTS] == [other.pop(name, "") for name in TEXTS]
         assert one == pytest.approx(other, rel=1e-4, abs=1e-7)
+
+
+MAIN_THREAD = """
+import asyncio
+from math_verify import parse, verify
+
+async def nothing():
+    await asyncio.sleep(0)
+
+def judged(completions, answer, **columns):  # math-verify's time limits are signal.alarm, for the main thread alone
+    asyncio.get_event_loop().run_until_complete(nothing())
+    return [float(verify(parse(f"${gold}$"), parse(f"${text[-40:]}$"))) - 0.01 * len(parse(text))
+            for text, gold in zip(completions, answer)]
+"""
+
+
+def test_a_reward_that_wants_the_main_thread_has_the_same_values_in_training(launch, embedded, tmp_path):
+    (tmp_path / "wanting.py").write_text(MAIN_THREAD)
+    code, text = launch(
+        "grpo_train.py", *data(embedded), f"OUTPUT_DIR={tmp_path}/run", "REWARDS=wanting:judged", "BETA=0", "STEPS=1",
+        "EVAL_EVERY=1", "SAVE_EVERY=0", "PROMPTS_PER_STEP=2", env={"PYTHONPATH": str(tmp_path)}).wait()
+    assert code == 0, text
+    code = (f"import json, sys; sys.path.insert(0, {str(tmp_path)!r}); from wanting import judged\n"
+            f"rows = [json.loads(line) for line in open('{tmp_path}/run/completions.jsonl')]\n"
+            f"answers = {{r['question']: r['answer'] for r in map(json.loads, open('{embedded}/train.jsonl'))}}\n"
+            "gold = next(a for q, a in answers.items() if q in rows[0]['prompt'])\n"
+            "print(json.dumps([judged([r['completion'] for r in rows], [gold] * len(rows)), [r['judged'] for r in rows]]))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    expected, found = json.loads(done.stdout.splitlines()[-1])
+    assert found == expected and len(set(found)) > 1, done.stderr
+    evaluated = read(tmp_path / "run/metrics.jsonl")
+    assert all(isinstance(row["eval_reward"], float) for row in evaluated)
 
 
 UPDATES = {  # the constants of an update, and how it may be split; the first way is what the others are compared with

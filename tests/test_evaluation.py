@@ -1,8 +1,9 @@
-"""EVAL_ONLY: estimators and intervals against independent computations, the command as people call it."""
+"""python -m grpo.evaluate: estimators and intervals against independent computations, the command as people call it."""
 
 import filecmp
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from itertools import combinations
 
@@ -14,6 +15,7 @@ from conftest import rows
 from grpo import checkpoint
 from grpo import evaluate as evaluation
 
+ALONE = [sys.executable, "-m", "grpo.evaluate"]
 SAMPLES = 4
 
 
@@ -136,13 +138,13 @@ def greedily_right(embedded) -> int:
 
 
 def test_the_command_on_two_models_with_one_and_two_processes(launch, embedded, trained, tmp_path):
-    common = ["grpo_train.py", "EVAL_ONLY=True", f"EVAL_DATASET={embedded}/heldout.jsonl", f"EVAL_SAMPLES={SAMPLES}"]
+    common = [f"EVAL_DATASET={embedded}/heldout.jsonl", f"EVAL_SAMPLES={SAMPLES}"]
     run = tmp_path / "one"  # the folder of a run: its files stay as they are
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 0}\n')
     (run / "run.json").write_text('{"LR": 1.0}')
     two_models = f"MODEL={embedded}/model,{trained}"
-    code, text = launch(*common, two_models, f"OUTPUT_DIR={run}").wait()
+    code, text = launch(*ALONE, *common, two_models, f"OUTPUT_DIR={run}").wait()
     assert code == 0, text
     assert (run / "metrics.jsonl").read_text() == '{"step": 0}\n' and (run / "run.json").read_text() == '{"LR": 1.0}'
     assert sorted(path.name for path in run.iterdir()) == [
@@ -178,8 +180,8 @@ def test_the_command_on_two_models_with_one_and_two_processes(launch, embedded, 
     assert sorted(order) == list(range(1, 201)) and sum(differ) > 0
 
     # two processes, and the model with itself; a reference server is not asked, the number of processes is free
-    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port=29617"]
-    code, text = launch(*launcher, *common, two_models, f"OUTPUT_DIR={tmp_path}/two", "PROMPTS_PER_STEP=15").wait()
+    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port=29617", "--module", "grpo.evaluate"]
+    code, text = launch(*launcher, *common, two_models, f"OUTPUT_DIR={tmp_path}/two").wait()
     assert code == 0, text
     assert not (tmp_path / "two/metrics.jsonl").exists()
     for name in "evaluation.json", "evaluation.jsonl", "evaluation.html":
@@ -187,8 +189,8 @@ def test_the_command_on_two_models_with_one_and_two_processes(launch, embedded, 
 
 
 def test_a_model_with_itself_differs_by_nothing(launch, few, tiny_folder, tmp_path):
-    few = [*few[1:], f"MODEL={tiny_folder},{tiny_folder}", "EVAL_ONLY=True", "EVAL_SAMPLES=3"]
-    code, text = launch("grpo_train.py", *few, f"OUTPUT_DIR={tmp_path}").wait()
+    few = [*few[2:], f"MODEL={tiny_folder},{tiny_folder}", "EVAL_SAMPLES=3"]
+    code, text = launch(*ALONE, *few, f"OUTPUT_DIR={tmp_path}").wait()
     assert code == 0, text
     found = evaluated(tmp_path)
     assert {numbers["value"] for numbers in found["difference"].values()} == {0.0}
@@ -199,20 +201,16 @@ def test_a_model_with_itself_differs_by_nothing(launch, few, tiny_folder, tmp_pa
     assert checkpoint.begin(tmp_path, {"LR": 1.0}, False) == 0  # the folder is free for a run: it holds none
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["MODEL=a,b"], "MODEL=a,b: one model, with EVAL_ONLY=True one or two"),
-    (["MODEL=a,b,c", "EVAL_ONLY=True"], "MODEL=a,b,c: one model, with EVAL_ONLY=True one or two"),
-    (["EVAL_ONLY=True", "EVAL_DATASET="], "EVAL_DATASET=: nothing to evaluate on"),
-    (["EVAL_ONLY=True", "EVAL_SAMPLES=0"], "EVAL_SAMPLES=0: expected 1 at least"),
+@pytest.mark.parametrize("constant, value, sentence", [
+    ("MODEL", "a,b,c", "MODEL=a,b,c: expected one model or two"),
+    ("EVAL_DATASET", "", "EVAL_DATASET=: nothing to evaluate on"),
+    ("EVAL_SAMPLES", 0, "EVAL_SAMPLES=0: expected 1 at least"),
+    ("TEMPERATURE", 0.0, "TEMPERATURE=0.0: sampling needs a positive one"),
 ])
-def test_what_cannot_be_evaluated_is_one_sentence(arguments, sentence):
-    import grpo_train
-    from grpo.constants import check_constants, override_constants
-
-    constants = {name: value for name, value in vars(grpo_train).items() if name.isupper()}
-    override_constants(constants, arguments)
+def test_what_cannot_be_evaluated_is_one_sentence(monkeypatch, constant, value, sentence):
+    monkeypatch.setattr(evaluation, constant, value)
     with pytest.raises(SystemExit, match=sentence):
-        check_constants(constants, 1)
+        evaluation.main()
 
 
 class Tags(HTMLParser):

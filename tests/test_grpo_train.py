@@ -357,6 +357,37 @@ def test_dropping_a_group_without_signal_changes_nothing_but_its_kl(tiny, monkey
     assert (with_group - without).norm() < 1e-6 * without.norm()
 
 
+def test_equal_groups_are_trained_on_for_their_kl_if_that_is_wanted(monkeypatch):
+    # The paper's objective over two groups of two completions, one of them with equal rewards, term by term in float64.
+    lens, ref = [3, 2, 4, 1], random_logps(3)[:10]
+    logps, rewards = random_logps(7)[:10], [[1.0, 0.0], [0.5, 0.5]]
+    monkeypatch.setattr(grpo_train, "PROMPTS_PER_STEP", 2)
+    monkeypatch.setattr(grpo_train, "GROUP_SIZE", 2)
+    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64)).flatten()
+    weights = grpo_train.token_weights(lens, sum(lens))
+    whole = [{"advantage": advantage.repeat(n), "weight": torch.full((n,), weight, dtype=torch.float64),
+              "place": slice(sum(lens[:i]), sum(lens[: i + 1]))}
+             for i, (n, weight, advantage) in enumerate(zip(lens, weights, advantages))]
+    losses = {}
+    for drop in False, True:
+        monkeypatch.setattr(grpo_train, "DROP_EQUAL_GROUPS", drop)
+        kept = grpo_train.trained([whole[:2], whole[2:]])
+        batch = {name: torch.cat([one[name] for one in kept]) for name in ("advantage", "weight")}
+        parts = [torch.tensor(values, dtype=torch.float64) for values in (logps, ref)]
+        ours, theirs = (torch.cat([part[one["place"]] for one in kept]) for part in parts)
+        lengths = torch.tensor([len(one["advantage"]) for one in kept])
+        losses[drop] = GRPO_step(ours, batch | {"rows": (None, None, lengths), "ref_logps": theirs})[0].item()
+    expected, k = {False: 0.0, True: 0.0}, 0
+    for i, (n, advantage) in enumerate(zip(lens, advantages.tolist())):
+        for t in range(k, k + n):
+            d = ref[t] - logps[t]
+            term = (0.04 * (math.exp(d) - d - 1) - advantage) / n / 4
+            expected[False] += term
+            expected[True] += term if i < 2 else 0
+        k += n
+    assert losses == pytest.approx(expected, rel=1e-12) and losses[False] != losses[True]
+
+
 def test_micro_batches_keep_to_the_budget_and_lose_no_row():
     rows = [{"length": n, "i": i} for i, n in enumerate([5, 90, 7, 30, 30, 1, 200])]
     batches = micro_batches(rows, 100)

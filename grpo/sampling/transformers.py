@@ -9,6 +9,8 @@ batch: the same prompt gets the same completions however the prompts are spread 
 On a CPU a decode step takes as long in Python as in its operations: `next_logits` records these and repeats them.
 """
 import warnings
+from queue import Queue
+from threading import Thread
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,16 +28,15 @@ LOOK_EVERY = 8  # tokens on an accelerator, which waits whenever it is asked whe
 recorded = WeakKeyDictionary()  # of each model a decode step, see `next_logits`
 
 
-def sample(model, prompts: list[list[int]], group_size: int, *, max_tokens: int, stop: list[int],
-           temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None,
-           decoder=None, done=lambda groups: None) -> list[Completion]:
-    """`group_size` completions of each prompt, group after group; temperature 0 is greedy and needs no `seeds`.
+def rollouts(model, prompts: list[list[int]], group_size: int, *, max_tokens: int, stop: list[int],
+             temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None, decoder=None):
+    """Yields groups of `group_size` completions, {place of the prompt: its completions}, those that have been finished
+    since the last time, after every BLOCK tokens; temperature 0 is greedy and needs no `seeds`.
 
-    None ends before `min_tokens` tokens. The model is in eval mode meanwhile: dropout is not part of the policy.
-    `decoder` may be another one than `decode`. `done` is called after every BLOCK tokens, and at the end, with the
-    groups that have been finished since then, {place of the prompt: its completions}.
+    No completion ends before `min_tokens` tokens. The model is in eval mode meanwhile: dropout is not part of the
+    policy. `decoder` may be another one than `decode`.
     """
-    was_training, groups = model.training, {}
+    was_training = model.training
     model.eval()
     step = max(1, MAX_SEQUENCES // group_size)
     for start in range(0, len(prompts), step):
@@ -45,12 +46,41 @@ def sample(model, prompts: list[list[int]], group_size: int, *, max_tokens: int,
             for seed in seeds[some]]) if temperature else None
         for decoded in filter(None, (decoder or decode)(
                 model, prompts[some], group_size, max_tokens, stop, temperature, min_tokens, uniforms)):
-            few = {start + place: [Completion(c.tokens.clone(), c.logps.clone(), c.ended) for c in group]
+            yield {start + place: [Completion(c.tokens.clone(), c.logps.clone(), c.ended) for c in group]
                    for place, group in decoded.items()}  # copies, which are fit for autograd
-            groups |= few
-            done(few)
     model.train(was_training)
-    return [completion for place in range(len(prompts)) for completion in groups[place]]
+
+
+def sample(*arguments, **options) -> list[Completion]:
+    """All completions of `rollouts`, group after group in the order of the prompts."""
+    return in_order(rollouts(*arguments, **options))
+
+
+def in_order(groups) -> list[Completion]:
+    found = dict(pair for finished in groups for pair in finished.items())
+    return [completion for place in sorted(found) for completion in found[place]]
+
+
+def ahead(items):
+    """The items of an iterator, made in another thread while the caller is at work on those before."""
+    queue = Queue()
+
+    def work():
+        try:
+            for item in items:
+                queue.put((item, None))
+            queue.put((None, StopIteration()))
+        except BaseException as error:  # whatever it is, it is the caller's
+            queue.put((None, error))
+
+    Thread(target=work, daemon=True).start()
+    while True:
+        item, error = queue.get()
+        if isinstance(error, StopIteration):
+            return
+        if error:
+            raise error
+        yield item
 
 
 @torch.inference_mode()

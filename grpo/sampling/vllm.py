@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from grpo.checkpoint import merged
+from grpo.sampling.transformers import in_order
 from grpo.types import Completion
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, or weights would have to leave it
@@ -63,27 +64,26 @@ class Engine:
         yield
         self.sleep()
 
-    def sample(self, prompts: list[list[int]], group_size: int, *, max_tokens: int, stop: list[int],
-               temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None,
-               done=lambda groups: None) -> list[Completion]:
-        """As `sampler.sample`, by the weights that were loaded last; log-probs are those that vLLM sampled from."""
+    def rollouts(self, prompts: list[list[int]], group_size: int, *, max_tokens: int, stop: list[int],
+                 temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None):
+        """As `transformers.rollouts`, by the weights that were loaded last; log-probs are those that vLLM sampled
+        from."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        engine, groups = self.llm.llm_engine, {}
+        engine = self.llm.llm_engine
         for place, (ids, seed) in enumerate(zip(prompts, seeds or [0] * len(prompts))):
             engine.add_request(str(place), {"prompt_token_ids": ids}, SamplingParams(
                 n=group_size, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens,
                 seed=seed * group_size,  # vLLM counts on from it for the others of the group
                 stop_token_ids=stop, logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY))
         while engine.has_unfinished_requests():
-            few = {int(answer.request_id): [
+            yield {int(answer.request_id): [
                 Completion(torch.tensor(output.token_ids), logps(output), output.finish_reason == "stop")
                 for output in sorted(answer.outputs, key=lambda output: output.index)] for answer in engine.step()}
-            groups |= few
-            if few:
-                done(few)
-        return [completion for place in range(len(prompts)) for completion in groups[place]]
+
+    def sample(self, *arguments, **options) -> list[Completion]:
+        return in_order(self.rollouts(*arguments, **options))
 
 
 def logps(output) -> torch.Tensor:
