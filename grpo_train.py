@@ -58,9 +58,9 @@ MAX_PROMPT_TOKENS = 128  # longer prompts are left out
 MAX_COMPLETION_TOKENS = 64  # 512 for GSM8K, thousands for competition mathematics
 MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
 TEMPERATURE = 1.0  # of sampling and of every log-prob; below 1 explores less
-SAMPLER = "auto"  # on a GPU "graph", if the model allows, else "transformers"; or "vllm", see tests/requirements-vllm.txt
+SAMPLER = "auto"  # on a GPU "graph", if the model allows, else "transformers"; or "vllm", see README.md
 VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
-IS_CAP = 2.0  # the sampler's log-probs are not quite the policy's, vLLM's least; their ratio weighs tokens, up to this
+IS_CAP = 2.0  # upper limit of a token's weight, policy / sampler: the two round differently, vLLM most of all
 
 # Loss
 LOSS_TYPE = "grpo"  # how tokens are weighted: grpo, dr_grpo, dapo, bnpo, cispo; see `token_weights` and `GRPO_step`
@@ -81,8 +81,8 @@ LR = 5e-5  # 1e-6 for pre-trained models with full fine-tuning
 WARMUP_STEPS = 10  # linear; without it Adam's first steps can ruin the model
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED_STEPS = 5  # in a row, because their gradients are not finite; then the run ends
-MICRO_BATCH_TOKENS = 8192  # of one forward and backward pass, padding counted; changes memory, not the update, and is
-# halved at the start until the longest rows fit. 1.5B parameters keep 3 MB of activations a token, 7B 7 MB
+MICRO_BATCH_TOKENS = 8192  # of one forward and backward pass, with padding; halved at the start until the longest rows
+# fit. It changes memory, not the update: without checkpointing 1.5B parameters keep 2 MB of activations a token
 GRADIENT_CHECKPOINTING = False  # less memory for activations, a third more time
 ZERO_STAGE = 1  # DeepSpeed: 0 splits nothing over the GPUs, 1 optimizer states, 2 gradients too, 3 weights too
 LORA_RANK = 0  # of the adapters that are trained instead of the weights; 0 trains these; LoRA wants 10 times the LR
@@ -101,7 +101,7 @@ DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "managed_gradient_accumulation": False,  # the number of micro-batches differs from step to step
     "gradient_clipping": MAX_GRAD_NORM,
-    "zero_optimization": {"stage": ZERO_STAGE, "overlap_comm": False},
+    "zero_optimization": {"stage": ZERO_STAGE, "overlap_comm": False, "reduce_bucket_size": 50_000_000},
     "bf16": {"enabled": dtype_called(DTYPE) == torch.bfloat16},
     "optimizer": {"type": "AdamW", "params": {"lr": LR, "betas": (0.9, 0.999), "weight_decay": 0, "torch_adam": True,
                                                "fused": True}},
@@ -216,8 +216,8 @@ def GRPO_step(logps: torch.Tensor, batch: dict) -> tuple[torch.Tensor, dict[str,
     low, high = real & (ratio < 1 - CLIP_LOW) & (advantage < 0), real & (ratio > 1 + CLIP_HIGH) & (advantage > 0)
     sums = {"loss": loss, "count tokens": real.sum(), "kl": kl[real].sum(), "entropy": -logps[real].sum(),
             "clip_low_frac": low.sum(), "clip_high_frac": high.sum(), "clip_region_frac": (low | high).sum(),
-            "count logps": torch.tensor(len(logps)), "sampler_ratio": sampler_ratio.double().sum()}
-    return loss, {name: value.detach().double() for name, value in sums.items()}  # read once a step: a GPU would wait
+            "count sampler_ratio": torch.tensor(len(logps)), "sampler_ratio": sampler_ratio.double().sum()}
+    return loss, {name: value.detach().double() for name, value in sums.items()}  # on the device until the step's end
 
 
 # ------------------------------------------------------------------------------------------------- around the loop
@@ -260,14 +260,12 @@ def add_gradients(engine, batches: list[dict], seconds: Counter) -> Counter:
     """The gradients of the step's loss: sums to log."""
     sums = Counter()
     for batch in batches:
-        with report.timed(seconds, "train"):
-            logps = engine(*batch["rows"])
+        logps = engine(*batch["rows"])
         if BETA and "ref_logps" not in batch:
-            with report.timed(seconds, "ref_wait"):  # the server was at work during the forward pass
+            with report.timed(seconds, "ref_wait", wait=False):  # the server was at work during the forward pass
                 batch["ref_logps"] = torch.cat([one["ref_logps"]() for one in batch["samples"]]).to(engine.device)
-        with report.timed(seconds, "train"):
-            loss, batch_sums = GRPO_step(logps, batch)
-            engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over processes, the loss is a sum
+        loss, batch_sums = GRPO_step(logps, batch)
+        engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over processes, the loss is a sum
         batch.setdefault("old_logps", logps.detach())
         sums.update(batch_sums)
     return sums
@@ -279,37 +277,50 @@ def spread(values: torch.Tensor) -> float:
     return (reduce({"sum": (values - mean).square().sum()})["sum"] / (PROMPTS_PER_STEP * GROUP_SIZE - 1)) ** 0.5
 
 
-def fitting_tokens(model, gathered, prompt_tokens: int, rows_a_step: int) -> int:
+def fitting_tokens(model, prompt_tokens: int, rows_a_step: int, world: int) -> int:
     """MICRO_BATCH_TOKENS, or its half, quarter, ... with which the largest micro-batch fits into memory everywhere.
 
-    Tried with rows as long as they can be, on a `model` without DeepSpeed's hooks, whose parameters are whole within
-    `gathered()`: its gradients are dropped, and a process that lacks memory leaves none waiting in a collective. Zeros
-    take the place of the gradients of earlier micro-batches. SystemExit if one row is too much.
+    It tries a forward and a backward pass of rows as long as they can be, before DeepSpeed has the model: a process
+    that lacks memory leaves no other waiting. Placeholders stand for what DeepSpeed will hold beside them: AdamW's
+    states, and with ZeRO 0 and 1 whole gradients. SystemExit if one row does not fit.
     """
     policy, length, budget = Policy(model).train(), prompt_tokens + MAX_COMPLETION_TOKENS, MICRO_BATCH_TOKENS
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    states = 12 * sum(parameter.numel() for parameter in trained) // (world if ZERO_STAGE else 1)  # bytes
     vocab, generator = model.config.get_text_config().vocab_size, torch.Generator().manual_seed(SEED)
     while True:
-        count, failed = min(max(1, budget // length), rows_a_step), False
-        tokens = torch.randint(vocab, (count * length,), generator=generator)
-        rows = tokens, torch.full((count,), prompt_tokens), torch.full((count,), MAX_COMPLETION_TOKENS)
+        count, hooks, failed = min(max(1, -(-budget // length)), rows_a_step), [], False
+        row = length if count == 1 else min(length, budget // count)
+        prompt = min(prompt_tokens, row - 1)
+        tokens = torch.randint(vocab, (count * row,), generator=generator)
+        rows = tokens, torch.full((count,), prompt), torch.full((count,), row - prompt)
         try:
-            with gathered():
-                earlier = [torch.zeros_like(parameter) for parameter in parameters if ZERO_STAGE < 2]
-                loss = 0 * policy(*(tensor.to(model.device) for tensor in rows)).sum()
-                torch.autograd.grad(loss, parameters, allow_unused=True)
+            placeholder = torch.empty(states, dtype=torch.uint8, device=model.device)
+            for parameter in trained if ZERO_STAGE < 2 else []:
+                parameter.grad = torch.zeros_like(parameter)
+            hooks = [parameter.register_post_accumulate_grad_hook(drop_gradient)
+                     for parameter in trained if ZERO_STAGE >= 2]
+            (0 * policy(*(tensor.to(model.device) for tensor in rows)).sum()).backward()
         except torch.OutOfMemoryError:
             failed = True
-        earlier = loss = None
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.grad = None
+        placeholder = None
         if not reduce({"failed": failed}, dist.ReduceOp.MAX)["failed"]:
             policy.eval()
             return budget
         if count == 1:
             raise SystemExit(f"a row of {length} tokens does not fit into memory: lower MAX_COMPLETION_TOKENS, or set "
                              "GRADIENT_CHECKPOINTING=True, a higher ZERO_STAGE, or LORA_RANK")
-        budget = count * length // 2
+        budget = count * row // 2
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
+
+
+def drop_gradient(parameter) -> None:
+    parameter.grad = None
 
 
 def drop_bad_gradients(optimizer, *_) -> None:
@@ -338,10 +349,13 @@ def main():
     whole = add_adapters(model, LORA_RANK, SEED) if LORA_RANK else model
     if GRADIENT_CHECKPOINTING:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    asked, MICRO_BATCH_TOKENS = MICRO_BATCH_TOKENS, fitting_tokens(
+        model, max(len(prompt["ids"]) for prompt in train), PROMPTS_PER_STEP // world * GROUP_SIZE, world)
+    if rank == 0 and MICRO_BATCH_TOKENS < asked:
+        print(f"MICRO_BATCH_TOKENS={MICRO_BATCH_TOKENS}, because {asked} do not fit into memory", flush=True)
     # For sampling and saving: the same parameters in modules without DeepSpeed's hooks. With hooks, and ZeRO 3, all
     # processes would have to make as many forward passes, but the longest completion is not everywhere the same.
     whole = copy.deepcopy(whole, {id(parameter): parameter for parameter in model.parameters()})
-    sampled = whole.get_base_model() if LORA_RANK else whole
     gathered = partial(deepspeed.zero.GatheredParameters, list(model.parameters()))
     rollouts, ready = open_sampler(
         SAMPLER, whole, gathered, MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, VLLM_MEMORY)
@@ -350,10 +364,6 @@ def main():
     engine.enable_backward_allreduce = world > 1 or ZERO_STAGE > 0  # alone there is nothing to add up
     engine.monitor.enabled = False  # for DeepSpeed's own events, which count something else than steps
     reference, skipped = None, 0
-    asked, MICRO_BATCH_TOKENS = MICRO_BATCH_TOKENS, fitting_tokens(
-        sampled, gathered, max(len(prompt["ids"]) for prompt in train), PROMPTS_PER_STEP // world * GROUP_SIZE)
-    if rank == 0 and MICRO_BATCH_TOKENS < asked:
-        print(f"MICRO_BATCH_TOKENS={MICRO_BATCH_TOKENS}, because {asked} do not fit into memory", flush=True)
     if last:
         checkpoint.load(engine, OUTPUT_DIR, last)
     else:
@@ -404,18 +414,20 @@ def main():
         # 5. The updates: gradients, micro-batch by micro-batch, then AdamW's step.
         for group in engine.optimizer.param_groups:
             group["lr"] = LR * min(1, step / max(1, WARMUP_STEPS))
-        for _ in range(UPDATES_PER_BATCH):
-            sums.update(add_gradients(engine, batches, seconds))
-            with report.timed(seconds, "train"):
+        with report.timed(seconds, "train"):
+            for _ in range(UPDATES_PER_BATCH):
+                sums.update(add_gradients(engine, batches, seconds))
                 engine.step()
-            applied = engine.was_step_applied() and engine.basic_optimizer.gradients_were_finite
-            sums["skipped_updates"] += rank == 0 and not applied
+                applied = engine.was_step_applied() and engine.basic_optimizer.gradients_were_finite
+                sums["skipped_updates"] += rank == 0 and not applied
+        seconds["train"] -= seconds["ref_wait"]
         sums["loss"] /= UPDATES_PER_BATCH
 
         # 6. What there is to say about it.
         totals = torch.tensor([[one["total"] for one in group] for group in groups], dtype=torch.float64)
         sums.update(tally(rewards, samples), reward_std=totals.std(1).sum() * GROUP_SIZE,
-                    advantage_zero_groups=sum(not has_signal(group) for group in groups), stop=distributed.stopping.is_set())
+                    advantage_zero_groups=sum(not has_signal(group) for group in groups),
+                    stop=distributed.stopping.is_set())
         sums["completion_tokens_total"] = sums["completion_tokens_mean"]
         metrics = {"step": step, "lr": group["lr"], **report.means(reduce(sums), len(samples) * world),
                    "grad_norm": float("nan" if (norm := engine.get_global_grad_norm()) is None else norm),

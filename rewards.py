@@ -227,7 +227,7 @@ def last_latex(text: str) -> str | None:
 
 @lru_cache(maxsize=10000)
 def is_equal(gold: str, answer: str | None) -> bool:
-    """Whether the answer means the same as the gold answer (see grpo/answers.py); what needs math-verify goes to a judge."""
+    """Whether the answer means the same as the gold answer, see `answers.same`; mathematics goes to a judge."""
     if not answer or max(len(gold), len(answer)) > LONGEST_ANSWER:
         return False
     try:

@@ -144,7 +144,7 @@ def trl_update(model, vocab: int):
         advantages = torch.ones(1, device=DEVICE)
         inputs |= {"advantages": advantages, "old_per_token_logps": zeros, "num_items_in_batch": length}
         trainer._compute_loss(model, inputs).backward()
-        model.zero_grad(set_to_none=False)
+        model.zero_grad()
         pack_attention(model)
     return update
 

@@ -10,7 +10,7 @@
 # Without a GPU (OUT=/tmp/o W=/tmp/w LIMIT=3000 bash benchmarks/gpu_check.sh) the same parts run with tiny shapes.
 #
 # Seconds on an H100: 1 install 12 | 2 demo 65, resumed 20 | 3 tests 45 | 4 memory 25 | 5 longest completion 60 | 6 variants
-# 60 | 7 compare: ours 45, eager 60, TRL 55 | 8 0.5B 50 | 9 1.5B 95; what is left over when LIMIT is up is skipped.
+# 60 | 7 compare: ours 45, eager 60, TRL 55 | 8 0.5B 25 | 9 1.5B 50; what is left over when LIMIT is up is skipped.
 set -u
 test -f grpo_train.py || { echo "run this in the root of the checkout"; exit 2; }
 SECONDS=0
@@ -43,7 +43,7 @@ part() {  # NAME LIMIT COMMAND...
     return $code
 }
 
-# ------------------------------------------------------------------------------------------------ 1. what is there (25 s)
+# ------------------------------------------------------------------------------------------------ 1. what is there
 if ls .whl/*.whl >/dev/null 2>&1; then
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" .whl/*.whl >>"$LOG" 2>&1
     say "{\"part\": \"1 install\", \"code\": $?, \"seconds\": $SECONDS}"
@@ -72,7 +72,7 @@ compare.build(Path('$W/making'), $VOCAB, 'exact', shape='$SHAPE')
 Path('$W/making').rename('$W/model')" >"$W/build.log" 2>&1 &
 BUILD=$!
 
-# ------------------------------------------------------------------------------------------------ 2. the main job, and going on with it (80 s)
+# ------------------------------------------------------------------------------------------------ 2. the main job, and going on with it
 if test -n "$GPU"; then
     part "2 demo" 120 bash examples/demo.sh "$W/demo" STEPS=12
 else  # another port, since this machine is shared
@@ -87,7 +87,7 @@ if test -n "$GPU"; then
 fi
 
 
-# ------------------------------------------------------------------------------------------------ 3. tests (45 s), 4. memory (25 s), 5. the longest completion (60 s)
+# ------------------------------------------------------------------------------------------------ 3. tests, 4. memory, 5. the longest completion
 wait $BUILD; cat "$W/build.log" >>"$LOG"
 part "3 tests" $(test -n "$GPU" && echo 90 || echo 300) env ON_GPU=1 python -m pytest -q -s -p no:cacheprovider \
     -k "not zero_stage and not first_update_starts_at_the_reference[transformers]" tests/test_gpu.py
@@ -98,7 +98,7 @@ part "4 memory" $(test -n "$GPU" && echo 60 || echo 200) python grpo_train.py MO
 part "5 longest completion" $(test -n "$GPU" && echo 90 || echo 100) python benchmarks/gpu.py parts=longest \
     $(test -n "$GPU" && echo shape=1.5b || echo shape=small tokens=16)
 
-# ------------------------------------------------------------------------------------------------ 6. every path of the trainer (50 s)
+# ------------------------------------------------------------------------------------------------ 6. every path of the trainer
 # Two steps of each on the embedded model, in one process. One that fails ends that process; the others get another.
 COMMON="BETA=0 REF_SERVER=http://127.0.0.1:9 STEPS=2 WARMUP_STEPS=0 EVAL_EVERY=0 SAVE_EVERY=0"
 declare -A WAY=([zero1]="" [eager]="SAMPLER=transformers" [float32]="DTYPE=float32" [zero2]="ZERO_STAGE=2" [zero3]="ZERO_STAGE=3"
@@ -121,7 +121,7 @@ for _ in 1 2 3; do
 done
 python $PROBE variants "${DONE[@]/#/$W/v/}" >>"$LOG" 2>&1
 
-# ------------------------------------------------------------------------------------------------ 7. beside TRL (45 + 60 + 55 s)
+# ------------------------------------------------------------------------------------------------ 7. beside TRL
 export TORCH_CUDNN_SDPA_DEPRIORITIZED=1  # for TRL too: without it torch 2.11 plans attention anew at each decoded token
 for program in ours eager trl; do
     part "7 compare $program" $(test -n "$GPU" && echo 90 || echo 300) bash -c \
@@ -129,7 +129,7 @@ for program in ours eager trl; do
         python $PROBE compare $program "$W/$program.json" >>"$LOG" 2>&1
 done
 
-# ------------------------------------------------------------------------------------------------ 8. 0.5B (50 s), 9. 1.5B (95 s)
+# ------------------------------------------------------------------------------------------------ 8. 0.5B, 9. 1.5B
 part "8 shape 0.5b" 100 python $PROBE shape 0.5b
 part "9 shape 1.5b" 170 python $PROBE shape 1.5b
 

@@ -124,7 +124,10 @@ def select_rows(cache, rows) -> None:
 
 
 def additive(mask, dtype) -> torch.Tensor:
-    """A mask (B, T) as attention adds it to its scores, (B, 1, 1, T): 0 or -inf. Else every layer would make it anew;
-    rows start at multiples of 8 numbers, or every layer would copy it on a GPU."""
+    """A mask (B, T) as attention adds it to its scores, (B, 1, 1, T): 0 or -inf.
+
+    Made once a step, because each layer would otherwise convert the mask again. Rows have room for a multiple of 8
+    numbers, because a GPU's attention would otherwise copy the mask in each layer.
+    """
     room = torch.zeros(len(mask), 1, 1, -(-mask.shape[1] // 8) * 8, dtype=dtype, device=mask.device)
     return room[..., : mask.shape[1]].masked_fill_(mask[:, None, None] == 0, -torch.inf)

@@ -41,7 +41,7 @@ def begin(folder: str, constants: dict, resume: bool) -> int:
     path, now = Path(folder), json.loads(json.dumps(constants, default=lambda function: function.__name__))
     if (path / "metrics.jsonl").exists():
         before = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
-        changed = [f"{name}={before.get(name)} there" for name in fixed if before.get(name) != now[name]]
+        changed = [f"{name}={before.get(name)} there" for name in fixed if before.get(name, now[name]) != now[name]]
         if changed or not resume:
             hint = "; ".join(changed[:3]) or "RESUME=True continues it"
             raise SystemExit(f"OUTPUT_DIR={folder} holds another run: choose another ({hint})")

@@ -42,7 +42,7 @@ def ask_child(gold: str, answer: str | None, seconds: float, clock: float) -> by
         with nursery_lock:
             if nursery is None or nursery[0].poll() is not None:
                 our_end, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+                path = f"{Path(__file__).parent.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
                 nursery = subprocess.Popen([sys.executable, "-m", "grpo.math_judge"], stdin=its_end,
                                            start_new_session=True, env=os.environ | {"PYTHONPATH": path}), our_end
                 its_end.close()

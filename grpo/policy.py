@@ -1,6 +1,6 @@
 """The policy's model: how it is loaded, and the one place where log-probs of given tokens are computed, `token_logps`.
 
-Trainer, reference server and examples call it, so the policy and the reference agree to rounding until the first update.
+Trainer, reference server and examples call it, so policy and reference agree to rounding until the first update.
 Of the LM head GRPO needs one number for each token of a completion: `HeadLogps` never holds all the logits.
 """
 import gc
@@ -80,11 +80,11 @@ def tokens_until(tokenizer, tokens, characters: int) -> int:
     return bisect_left(range(len(tokens)), characters, key=lambda count: len(tokenizer.decode(tokens[:count])))
 
 
-# ------------------------------------------------------------------------------------------------- fewer kernels on a GPU
+# ------------------------------------------------------------------------------------------------- one kernel each
 
 @lru_cache
 def compiled(function):
-    """A function of tensors as one kernel of a GPU, not one for each of its operations."""
+    """A function of tensors as one kernel of a GPU, not one for each of its operations. Needs a C compiler."""
     return torch.compile(function, dynamic=True)
 
 
@@ -101,9 +101,9 @@ def gated_mlp(mlp, hidden):
 
 
 def fuse(model) -> None:
-    """For a GPU: from now on `model`, and others of its file in transformers, take one kernel instead of five to ten
-    for RMS norms (where the formula is the same: that of Gemma multiplies by 1 + weight), for the gate of an MLP that
-    is written as Llama's, and for rotary embeddings."""
+    """For a GPU: replaces RMS norms, gates of MLPs like Llama's and rotary embeddings by one kernel each, where
+    transformers has five to ten. Norms with another formula stay (Gemma multiplies by 1 + weight). The rotary function
+    is replaced in the model's file in transformers, so other models of that file get it too."""
     like_llama = inspect.getsource(LlamaMLP.forward)
     for module in model.modules():
         kind = type(module)
@@ -180,12 +180,32 @@ def tied(model) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     return None, {}
 
 
-def log_total(logits, scale):
+def log_total(logits, scale) -> torch.Tensor:
+    """log of the sum of exp(scale * logits) in each row (C,); on a CPU the logits (C, tile) are overwritten."""
+    if logits.is_cuda:
+        return compiled(log_sum_exp)(logits, scale)
+    top = scale * logits.amax(1)
+    logits = torch.add(-top[:, None], logits, alpha=scale, out=logits)
+    return logits.exp_().sum(1).log() + top
+
+
+def head_error(logits, total, place, inside, scale, cap, dtype) -> torch.Tensor:
+    """The gradient of the logits (C, tile) without the factors of `scale` and of the row: softmax - one-hot."""
+    if logits.is_cuda:
+        return compiled(softmax_error)(logits, total, torch.where(inside, place[:, 0], -1), scale, cap, dtype)
+    slope = 1 - (logits / cap).square() if cap else None
+    probs = torch.add(-total[:, None], logits, alpha=scale, out=logits).exp_()
+    error = probs.scatter_add_(1, place, -inside[:, None].float())
+    if cap:
+        error *= slope
+    return error.to(dtype)
+
+
+def log_sum_exp(logits, scale):
     return torch.logsumexp(scale * logits, 1)
 
 
-def head_error(logits, total, place, scale, cap, dtype):
-    """What `HeadLogps.backward` computes in place for a CPU, where passes over what is in its cache cost little."""
+def softmax_error(logits, total, place, scale, cap, dtype):
     hit = torch.arange(logits.shape[1], device=logits.device) == place[:, None]
     error = (scale * logits - total[:, None]).exp() - hit.float()
     return (error * (1 - (logits / cap).square()) if cap else error).to(dtype)
@@ -195,7 +215,7 @@ class HeadLogps(torch.autograd.Function):
     """Log-probs (C,) of `targets` (C,) after hidden (C, H), by the LM head: weight (V, H), bias (V,) or None.
 
     A tile of the vocabulary at a time, in the backward pass again, so that of the logits (C, V) only a tile is ever
-    alive, and in the CPU's cache. Everything but the products of matrices is in float32, whatever the weights are in.
+    alive, and in the CPU's cache. Between the products of matrices all is in float32, whatever the weights are in.
     """
 
     @staticmethod
@@ -208,12 +228,7 @@ class HeadLogps(torch.autograd.Function):
         ctx.total = logps - torch.inf  # log of the sum of exp(scale * logits)
         for _, logits, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
             logps += scale * logits.gather(1, place)[:, 0] * inside
-            if hidden.is_cuda:
-                ctx.total = ctx.total.logaddexp(compiled(log_total)(logits, scale))
-                continue
-            top = scale * logits.amax(1)
-            logits = torch.add(-top[:, None], logits, alpha=scale, out=logits)
-            ctx.total = ctx.total.logaddexp(logits.exp_().sum(1).log() + top)
+            ctx.total = ctx.total.logaddexp(log_total(logits, scale))
         return logps - ctx.total
 
     @staticmethod
@@ -225,19 +240,10 @@ class HeadLogps(torch.autograd.Function):
         grad_weight, grad_bias = (torch.empty_like(tensor) if needed else None
                                   for tensor, needed in zip((weight, bias), ctx.needs_input_grad[1:3]))
         for tile, logits, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
-            if hidden.is_cuda:
-                where = torch.where(inside, place[:, 0], -1)
-                error = compiled(head_error)(logits, ctx.total, where, ctx.scale, ctx.cap, hidden.dtype)
-            else:
-                slope = 1 - (logits / ctx.cap).square() if ctx.cap else None
-                probs = torch.add(-ctx.total[:, None], logits, alpha=ctx.scale, out=logits).exp_()
-                error = probs.scatter_add_(1, place, -inside[:, None].float())
-                if ctx.cap:
-                    error *= slope
-            rounded = error.to(hidden.dtype)
-            grad_hidden += rounded @ weight[tile]
+            error = head_error(logits, ctx.total, place, inside, ctx.scale, ctx.cap, hidden.dtype)
+            grad_hidden += error @ weight[tile]
             if grad_weight is not None:
-                torch.mm(rounded.T, scaled, out=grad_weight[tile])
+                torch.mm(error.T, scaled, out=grad_weight[tile])
             if grad_bias is not None:
                 grad_bias[tile] = grad[:, 0] @ error.float()
         return (grad * grad_hidden).to(hidden.dtype), grad_weight, grad_bias, None, None, None, None

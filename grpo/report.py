@@ -57,7 +57,6 @@ def means(sums: dict[str, float], completions: int) -> dict[str, float]:
     """Means over all completions; of a reward function over those that it applies to, as many as "count ..." says; over
     as many tokens as were trained on; and what stays a sum."""
     divisors = dict.fromkeys(SUMS, 1) | dict.fromkeys(OF_TOKENS, max(1, sums.get("count tokens", 0)))
-    divisors |= {"sampler_ratio": sums.get("count logps")}
     divisors |= {name.removeprefix("count "): count or nan for name, count in sums.items() if name.startswith("count ")}
     return {name: value / divisors.get(name, completions)
             for name, value in sums.items() if not name.startswith("count ")}

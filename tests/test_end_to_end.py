@@ -161,7 +161,8 @@ def test_a_reward_that_wants_the_main_thread_has_the_same_values_in_training(lau
             f"rows = [json.loads(line) for line in open('{tmp_path}/run/completions.jsonl')]\n"
             f"answers = {{r['question']: r['answer'] for r in map(json.loads, open('{embedded}/train.jsonl'))}}\n"
             "gold = next(a for q, a in answers.items() if q in rows[0]['prompt'])\n"
-            "print(json.dumps([judged([r['completion'] for r in rows], [gold] * len(rows)), [r['judged'] for r in rows]]))")
+            "expected = judged([row['completion'] for row in rows], [gold] * len(rows))\n"
+            "print(json.dumps([expected, [row['judged'] for row in rows]]))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     expected, found = json.loads(done.stdout.splitlines()[-1])
     assert found == expected and len(set(found)) > 1, done.stderr

@@ -58,7 +58,7 @@ def test_a_row_that_does_not_fit_is_one_sentence(launch, few, tmp_path, script):
     assert "GRADIENT_CHECKPOINTING" in text and "ZERO_STAGE" in text and "LORA_RANK" in text
 
 
-@pytest.mark.parametrize("limit, found", [(500, 500), (499, 250), (249, 125), (99, 50), (49, None)])
+@pytest.mark.parametrize("limit, found", [(500, 500), (499, 250), (249, 125), (99, 61), (49, None)])
 def test_how_often_it_is_halved(tiny, monkeypatch, limit, found):
     def token_logps(model, tokens, *rest):
         if len(tokens) > limit:
@@ -71,10 +71,10 @@ def test_how_often_it_is_halved(tiny, monkeypatch, limit, found):
     monkeypatch.setattr(grpo_train, "MAX_COMPLETION_TOKENS", 30)
     monkeypatch.setattr(grpo_train, "MICRO_BATCH_TOKENS", 500)
     if found:
-        assert fitting_tokens(tiny[0], torch.enable_grad, 20, 128) == found
+        assert fitting_tokens(tiny[0], 20, 128, 1) == found
     else:
         with pytest.raises(SystemExit, match="a row of 50 tokens does not fit into memory"):
-            fitting_tokens(tiny[0], torch.enable_grad, 20, 128)
+            fitting_tokens(tiny[0], 20, 128, 1)
 
 
 def test_the_trial_is_as_large_as_a_micro_batch_can_be_and_leaves_nothing(tiny, monkeypatch):
@@ -88,9 +88,11 @@ def test_the_trial_is_as_large_as_a_micro_batch_can_be_and_leaves_nothing(tiny, 
     monkeypatch.setattr(grpo_train, "MAX_COMPLETION_TOKENS", 30)
     monkeypatch.setattr(grpo_train, "MICRO_BATCH_TOKENS", 500)
     random = torch.random.get_rng_state()
-    assert fitting_tokens(model, torch.enable_grad, 20, 128) == 500 and sizes == [[500, 10, 10]]
-    assert fitting_tokens(model, torch.enable_grad, 20, 4) == 500 and sizes[1] == [200, 4, 4]  # a step has no more
-    assert fitting_tokens(model, torch.enable_grad, 600, 128) == 500 and sizes[2] == [630, 1, 1]  # a longer row alone
+    assert fitting_tokens(model, 20, 128, 1) == 500 and sizes == [[500, 10, 10]]
+    assert fitting_tokens(model, 20, 4, 1) == 500 and sizes[1] == [200, 4, 4]  # a step has no more
+    assert fitting_tokens(model, 600, 128, 1) == 500 and sizes[2] == [630, 1, 1]  # a longer row alone
+    monkeypatch.setattr(grpo_train, "ZERO_STAGE", 3)
+    assert fitting_tokens(model, 100, 128, 2) == 500 and sizes[3] == [500, 4, 4]  # 3.8 rows of 130: four of 125
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters()))
     assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
     assert torch.equal(random, torch.random.get_rng_state())

@@ -157,12 +157,12 @@ def test_the_heads_passes_on_a_gpu_are_those_of_softmax(cap):
     generator = torch.Generator().manual_seed(0)
     logits, scale = torch.randn(6, 50, generator=generator), 1.7
     place = torch.tensor([3, -1, 7, 49, 0, -1])  # -1: the target is in another tile
-    total = policy.compiled(policy.log_total)(logits, scale)
+    total = policy.compiled(policy.log_sum_exp)(logits, scale)
     exact = (scale * logits.double()).requires_grad_()
     torch.testing.assert_close(total.double(), exact.logsumexp(1).detach(), atol=1e-6, rtol=0)
     loss = exact.logsumexp(1).sum() - exact[range(6), place][place >= 0].sum()
     expected = torch.autograd.grad(loss, exact)[0] * (1 - (logits.double() / cap) ** 2 if cap else 1)
-    error = policy.compiled(policy.head_error)(logits, total, place, scale, cap, torch.float32)
+    error = policy.compiled(policy.softmax_error)(logits, total, place, scale, cap, torch.float32)
     torch.testing.assert_close(error.double(), expected, atol=1e-6, rtol=0)
 
 

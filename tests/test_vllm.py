@@ -28,7 +28,7 @@ def engine(embedded):
     from grpo.sampling.vllm import Engine
 
     distributed.start()
-    return Engine(str(embedded / "model"), 128 + 64, 0.4)
+    return Engine(str(embedded / "model"), 128 + 64, 0.4, "float32")
 
 
 def update(model):

@@ -1,12 +1,12 @@
 """A CUDA graph as the sampler: `SAMPLER="graph"`, for GPUs, where Python between two tokens costs more than the tokens.
 
-    completions = sample(model, prompts, group_size, ..., decoder=graph_sampler.decode)
+    completions = sample(model, prompts, group_size, ..., decoder=graph.decode)
 
 A decode step launches hundreds of small kernels, and a GPU waits for most of them. Here a step has fixed shapes and
 reads no value back, so that the GPU records it once and repeats it, until the room in the cache is full or half of the
 completions have ended. Then these leave, the others get twice the room, and the step is recorded again. The random
-numbers are those of `sampler.decode`, and so are the completions, to rounding. Without CUDA the steps are computed one
-by one.
+numbers are those of `transformers.decode`, and so are the completions, to rounding. Without CUDA the steps are computed
+one by one.
 """
 import torch
 from torch.nn import functional
@@ -32,7 +32,11 @@ class FixedLayer(DynamicLayer):
 
 
 def obstacle(model) -> str:
-    """What a graph wants of a model and this one has not; empty if nothing is in the way."""
+    """Why a graph cannot decode this model: what it would need. Empty if it can."""
+    if model.config._attn_implementation != "packed":
+        return "a model whose attention transformers lets others compute"
+    if any(name.endswith("experts") for name, _ in model.named_modules()):
+        return "a model without experts, whose choice is a value"
     if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers):
         return "a model with full attention in every layer"
     kinds = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())
@@ -42,8 +46,8 @@ def obstacle(model) -> str:
 
 
 def decoder(name: str, model):
-    """What SAMPLER=`name` decodes with: None is `sampler.decode`. "auto" takes the graph wherever it can, on a GPU: on
-    an H100 a decode step of 0.5 to 1.5 billion parameters takes a quarter of the time then."""
+    """The decoder for SAMPLER=`name`; None means `transformers.decode`. On a GPU "auto" takes the graph if the model
+    allows it: on an H100 a step of 0.5 to 1.5 billion parameters then takes a quarter of the time."""
     wanted = name == "graph" or name == "auto" and model.device.type == "cuda" and not obstacle(model)
     return decode if wanted else None
 
@@ -55,9 +59,13 @@ side = None  # the stream on which graphs are recorded; another one each time wo
 def record(step):
     """The step as a CUDA graph: a function that repeats it.
 
-    As `torch.cuda.graph`, which empties the allocator's cache each time, and training would have to ask for it again.
+    Like `torch.cuda.graph`, but it keeps the allocator's cache while the GPU has room, because training would have to
+    allocate that memory again. In a recording the allocator cannot free what it has cached.
     """
     global newest, side
+    free, total = torch.cuda.mem_get_info()
+    if free < total / 10:
+        torch.cuda.empty_cache()
     graph, side = torch.cuda.CUDAGraph(), side or torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -73,7 +81,7 @@ def record(step):
 
 @torch.inference_mode()
 def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms):
-    """As `sampler.decode`. SystemExit if the model needs something that a graph cannot repeat, see `obstacle`."""
+    """As `transformers.decode`. SystemExit if the model needs something that a graph cannot repeat, see `obstacle`."""
     if reason := obstacle(model):
         raise SystemExit(f"SAMPLER=graph wants {reason}: use SAMPLER=transformers")
     logits, mask, position, cache = prefill(model, prompts, group_size, max_tokens)
@@ -112,8 +120,8 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
             for _ in range(min(BLOCK, start + room - count)):
                 again()
                 count += 1
-                if again is step and device.type == "cuda" and room > 1:  # the first has prepared what no graph can
-                    again = record(step)
+                if again is step and device.type == "cuda" and room > 1:
+                    again = record(step)  # after a first step, which compiles and allocates what a recording cannot
             tokens[rows, start : start + room], logps[rows, start : start + room] = drawn, drawn_logps
             stops = torch.isin(drawn[:, : count - start], stop)
             stopped = stops.any(1)

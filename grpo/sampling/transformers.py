@@ -2,9 +2,9 @@
 
     completions = sample(model, [row["ids"] for row in rows], group_size, ...)
 
-A prompt is prefilled once for its whole group, a finished sequence leaves the batch at once, and each token's log-prob
-under the sampling policy comes along at no extra forward pass. Random numbers belong to the prompt's seed, not to the
-batch: the same prompt gets the same completions however the prompts are spread over processes.
+A prompt is prefilled once for its whole group, a finished sequence leaves the batch (on a GPU within 8 tokens), and
+each token's log-prob under the sampling policy comes along at no extra forward pass. Random numbers belong to the
+prompt's seed, not to the batch: it gets the same completions however the prompts are spread over processes.
 
 On a CPU a decode step takes as long in Python as in its operations: `next_logits` records these and repeats them.
 """
@@ -24,7 +24,7 @@ from grpo.types import Completion
 
 MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the other
 BLOCK = 64  # tokens from one look for groups that are finished to the next
-LOOK_EVERY = 8  # tokens on an accelerator, which waits whenever it is asked whether a completion has ended
+LOOK_EVERY = 8  # on an accelerator, tokens between two looks for ended completions: a look makes Python wait for it
 recorded = WeakKeyDictionary()  # of each model a decode step, see `next_logits`
 
 
@@ -182,7 +182,7 @@ def pick(weights, uniform):
     return index[:, 0], inside[:, 0].clamp(0, 1 - 2**-52)  # rounding must not lead to what has no weight
 
 
-# ------------------------------------------------------------------------------------------------- a decode step on a CPU
+# ------------------------------------------------------------------------------------------------- a step on a CPU
 
 class LongerLayer(DynamicLayer):
     """A layer's keys and values (B, heads, T, D), of which the last token is to be written."""
@@ -236,8 +236,8 @@ def record(step: Step, inputs):
         warnings.simplefilter("always")
         try:
             script = torch.jit.trace(step, inputs, check_trace=False)
-        except ValueError:  # the model holds a buffer twice, as longrope does, which it also reads values for
+        except ValueError:  # tracing refuses a model that holds one buffer twice, as longrope does
             return None
-    about_shapes = __file__, attention.__file__, functional.__file__  # one token a row, so many entries of the vocabulary: always right
+    about_shapes = __file__, attention.__file__, functional.__file__  # one token a row: always right
     doubts = [w for w in warned if w.category is torch.jit.TracerWarning and w.filename not in about_shapes]
     return None if doubts else script

@@ -1,6 +1,6 @@
 """vLLM as the sampler: `SAMPLER="vllm"`, an engine in every process of the trainer (`tests/requirements-vllm.txt`).
 
-    engine = Engine("Qwen/Qwen2.5-1.5B-Instruct", max_length=1024, memory=0.4)
+    engine = Engine("Qwen/Qwen2.5-1.5B-Instruct", max_length=1024, memory=0.4, dtype="bfloat16")
     with engine.ready(model, gathered):                   # the policy's weights, through memory, after each update
         completions = engine.sample(prompts, group_size, max_tokens=512, stop=stop, seeds=seeds)
 
@@ -26,18 +26,18 @@ class Engine:
     """The model at `path` without its weights, for `max_length` tokens of prompt and completion, in a share of the
     GPU's `memory`. SystemExit if vLLM is not installed."""
 
-    def __init__(self, path: str, max_length: int, memory: float):
+    def __init__(self, path: str, max_length: int, memory: float, dtype: str):
         try:
             from vllm import LLM
         except ImportError as error:
             raise SystemExit(f"SAMPLER=vllm: {error} (pip install -r tests/requirements-vllm.txt)") from error
         self.on_gpu = torch.cuda.is_available()
-        device = {"dtype": "bfloat16", "gpu_memory_utilization": memory, "enable_sleep_mode": True}
+        device = {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
         if not self.on_gpu:
             # There a tied LM head is packed once and for all, and half a prompt cannot be taken back from a seed.
-            device = {"dtype": "float32", "enforce_eager": True, "hf_overrides": {"tie_word_embeddings": False},
+            device = {"enforce_eager": True, "hf_overrides": {"tie_word_embeddings": False},
                       "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_length)}
-        self.llm = LLM(path, load_format="dummy", max_model_len=max_length, disable_log_stats=True,
+        self.llm = LLM(path, dtype=dtype, load_format="dummy", max_model_len=max_length, disable_log_stats=True,
                        distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs", **device)
         self.sleep()
 
