@@ -129,7 +129,9 @@ def test_a_port_that_another_run_has_is_named(launch):
 
 
 NOT_FINITE = """
-import sys, constants, grpo_train, processes
+import sys
+import grpo_train
+from grpo import constants, distributed
 stages, bad = eval(sys.argv.pop(1)), eval(sys.argv.pop(1))
 real = grpo_train.GRPO_step
 def GRPO_step(policy, batch):
@@ -142,7 +144,7 @@ folder = grpo_train.OUTPUT_DIR
 for stage in stages:
     calls, grpo_train.OUTPUT_DIR = [], f"{folder}/{stage}"
     grpo_train.DS_CONFIG["zero_optimization"]["stage"] = grpo_train.ZERO_STAGE = stage
-    processes.run(grpo_train.main)
+    distributed.run(grpo_train.main)
 """
 
 

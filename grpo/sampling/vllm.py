@@ -78,9 +78,11 @@ class Engine:
                 seed=seed * group_size,  # vLLM counts on from it for the others of the group
                 stop_token_ids=stop, logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY))
         while engine.has_unfinished_requests():
-            yield {int(answer.request_id): [
+            finished = {int(answer.request_id): [
                 Completion(torch.tensor(output.token_ids), logps(output), output.finish_reason == "stop")
                 for output in sorted(answer.outputs, key=lambda output: output.index)] for answer in engine.step()}
+            if finished:
+                yield finished
 
     def sample(self, *arguments, **options) -> list[Completion]:
         return in_order(self.rollouts(*arguments, **options))
