@@ -35,7 +35,6 @@ from rewards import check_rewards, load_rewards, reward_correct, reward_format
 from grpo.data import load_prompts
 from grpo.policy import add_adapters, dtype_called, load_model, stop_ids, tokens_until
 from grpo.sampling import open_sampler
-from grpo.sampling.transformers import ahead
 from grpo.types import micro_batches, pack
 
 # Model and data
@@ -386,13 +385,13 @@ def main():
         numbers = range((step - 1) * PROMPTS_PER_STEP, step * PROMPTS_PER_STEP)[rank::world]
         prompts = [train[epoch_order(n // len(train), len(train))[n % len(train)]] for n in numbers]
 
-        # 2. A group of completions for each prompt. Those that are finished are judged while others are being written.
+        # 2. A group of completions for each prompt. Finished ones are rewarded between two blocks of tokens of the others.
         groups = [None] * len(prompts)
         with report.timed(seconds, "sample"), ready():
-            for finished in ahead(rollouts(
+            for finished in rollouts(
                     [prompt["ids"] for prompt in prompts], GROUP_SIZE, temperature=TEMPERATURE,
-                    min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers], **limits)):
-                with report.timed(seconds, "reward", wait=False):  # the accelerator is at work on the next groups
+                    min_tokens=MIN_COMPLETION_TOKENS, seeds=[SEED << 32 | n for n in numbers], **limits):
+                with report.timed(seconds, "reward", wait=False):
                     judge(finished, prompts, groups, rewards, tokenizer, reference)
         seconds["sample"] -= seconds["reward"]
         samples = [sample_ for group in groups for sample_ in group]

@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-import threading
 
 import arithmetic
 import pytest
@@ -19,7 +18,7 @@ from grpo.attention import pack_attention
 from grpo.sampling.transformers import recorded
 from grpo.data import load_prompts
 from grpo.policy import load_model, stop_ids
-from grpo.sampling.transformers import ahead, draw, in_order, rollouts, sample
+from grpo.sampling.transformers import draw, in_order, rollouts, sample
 from test_ref_server import SHAPE, expected_logps, make_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18, 19]]
@@ -127,20 +126,6 @@ def test_finished_groups_are_passed_on_while_others_are_being_written(tiny, monk
             assert all(one is other for one, other in zip(group, completions[2 * place : 2 * place + 2], strict=True))
             longest = max(len(completion.tokens) for completion in group)
             assert written - 3 < longest <= written  # not before all of the group, and soon after
-
-
-def test_what_is_made_ahead_comes_in_order_from_another_thread_and_errors_come_too():
-    def items():
-        for number in range(3):
-            yield number, threading.current_thread()
-        raise ValueError("at the end")
-
-    found = []
-    with pytest.raises(ValueError, match="at the end"):
-        for number, thread in ahead(items()):
-            found.append(number)
-            assert thread is not threading.current_thread()
-    assert found == [0, 1, 2] and list(ahead(iter("ab"))) == ["a", "b"]
 
 
 def test_no_completion_ends_before_min_tokens(tiny):

@@ -9,8 +9,6 @@ prompt's seed, not to the batch: it gets the same completions however the prompt
 On a CPU a decode step takes as long in Python as in its operations: `next_logits` records these and repeats them.
 """
 import warnings
-from queue import Queue
-from threading import Thread
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,28 +57,6 @@ def sample(*arguments, **options) -> list[Completion]:
 def in_order(groups) -> list[Completion]:
     found = dict(pair for finished in groups for pair in finished.items())
     return [completion for place in sorted(found) for completion in found[place]]
-
-
-def ahead(items):
-    """The items of an iterator, made in another thread while the caller is at work on those before."""
-    queue = Queue()
-
-    def work():
-        try:
-            for item in items:
-                queue.put((item, None))
-            queue.put((None, StopIteration()))
-        except BaseException as error:  # whatever it is, it is the caller's
-            queue.put((None, error))
-
-    Thread(target=work, daemon=True).start()
-    while True:
-        item, error = queue.get()
-        if isinstance(error, StopIteration):
-            return
-        if error:
-            raise error
-        yield item
 
 
 @torch.inference_mode()
