@@ -385,7 +385,7 @@ def main():
         numbers = range((step - 1) * PROMPTS_PER_STEP, step * PROMPTS_PER_STEP)[rank::world]
         prompts = [train[epoch_order(n // len(train), len(train))[n % len(train)]] for n in numbers]
 
-        # 2. A group of completions for each prompt. Finished ones are rewarded between two blocks of tokens of the others.
+        # 2. A group of completions for each prompt. Finished groups are rewarded before the others are complete.
         groups = [None] * len(prompts)
         with report.timed(seconds, "sample"), ready():
             for finished in rollouts(
