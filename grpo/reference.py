@@ -106,9 +106,9 @@ def check_servers(servers: str, model, name: str, ids: list[int]) -> None:
 def check_server(url: str, model, name: str, ids: list[int]) -> None:
     """SystemExit if no server is at `url`, or if its log-probs of `ids` are not those of `model`, known as `name`."""
     health = ask("GET", url, "/health", patience=25).json()
-    if health["dtype"] != (ours := str(model.dtype).removeprefix("torch.")):
-        print(f"the reference server at {url} computes in {health['dtype']}, the policy in {ours}: the KL starts above "
-              "0 (set DTYPE for one of them)", flush=True)
+    if health["dtype"] != (dtype := str(model.dtype).removeprefix("torch.")):
+        print(f"the reference server at {url} computes in {health['dtype']}, the policy in {dtype}: the KL starts "
+              "above 0 (set DTYPE for one of them)", flush=True)
     tokens, difference = torch.tensor(ids, device=model.device), float("inf")
     if health["vocab_size"] == model.config.get_text_config().vocab_size:
         theirs = request_logps(url, tokens, torch.tensor([1]), torch.tensor([len(ids) - 1]), 1.0)[0]
