@@ -32,8 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 
 from grpo.constants import override_constants
-from grpo.policy import load_model, token_logps
-from grpo.types import micro_batches
+from grpo.policy import batched_logps, load_model
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name: the model that the policy starts from
 DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either of them by name, as the trainer's
@@ -45,32 +44,14 @@ PLACES = 24  # requests in work or waiting, of the server's 32 threads; one more
 unreadable = (SafetensorError, KeyError, ValueError, TypeError, RuntimeError)  # what loading broken safetensors raises
 
 
-@torch.no_grad()
-def batched_logps(model, tokens, prompt_lens, completion_lens, temperature, budget):
-    """`token_logps` of any number of rows, `budget` tokens at a time, half of it when memory is short; on the CPU."""
-    lens, logps = (prompt_lens + completion_lens).tolist(), [None] * len(prompt_lens)
-    rows = [{"index": i, "length": len(row), "tokens": row} for i, row in enumerate(tokens.split(lens))]
-    try:
-        for batch in micro_batches(rows, budget):
-            index = [row["index"] for row in batch]
-            inputs = torch.cat([row["tokens"] for row in batch]), prompt_lens[index], completion_lens[index]
-            answer = token_logps(model, *(tensor.to(model.device) for tensor in inputs), temperature).cpu()
-            for i, row_logps in zip(index, answer.split(completion_lens[index].tolist())):
-                logps[i] = row_logps
-        return torch.cat(logps)
-    except torch.OutOfMemoryError:
-        if budget <= max(lens):
-            raise
-    return batched_logps(model, tokens, prompt_lens, completion_lens, temperature, min(budget, sum(lens)) // 2)
-
-
 # ------------------------------------------------------------------------------------------------- the server
 
 def expect(condition, sentence: str, status=400) -> None:
     if not condition:
         sentence = " ".join(sentence.split())[:400]  # it may repeat what the client sent
-        headers = {"Retry-After": "1"} if status == 503 else {}
-        raise bottle.HTTPResponse(sentence + "\n", status, headers, content_type="text/plain; charset=utf-8")
+        headers = {"Content-Type": "text/plain; charset=utf-8"}
+        headers |= {"Retry-After": "1"} if status == 503 else {}
+        raise bottle.HTTPResponse(sentence + "\n", status, headers)
 
 
 def read_rows(body: bytes, vocab_size: int, max_length: int) -> list[torch.Tensor]:
@@ -100,7 +81,8 @@ def read_rows(body: bytes, vocab_size: int, max_length: int) -> list[torch.Tenso
 def make_app(model, name: str, token: str = "") -> bottle.Bottle:
     """The WSGI application that serves `model`, called `name`, to clients that know `token`."""
     app, worker, config = bottle.Bottle(), ThreadPoolExecutor(1), model.config.get_text_config()
-    sizes = {"vocab_size": config.vocab_size, "max_length": getattr(config, "max_position_embeddings", sys.maxsize)}
+    longest = getattr(config, "max_position_embeddings", sys.maxsize)
+    sizes = {"vocab_size": config.vocab_size, "max_length": longest}
     places, served = threading.BoundedSemaphore(PLACES), {"reference": ""}
     app.default_error_handler = lambda error: error.body
 
@@ -217,5 +199,5 @@ def main():
 
 
 if __name__ == "__main__":
-    override_constants(globals(), sys.argv[1:])
+    override_constants(__name__, sys.argv[1:])
     main()

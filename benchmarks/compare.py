@@ -72,6 +72,18 @@ def peak_mb(pid: int) -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 
+@contextmanager
+def timed(seconds: Counter, name: str):
+    """Adds the seconds that the block takes to `seconds[name]`, until the accelerator has done its work."""
+    import torch
+
+    start = time.perf_counter()
+    yield
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    seconds[name] += time.perf_counter() - start
+
+
 def shares(step_seconds: list[float], phases: Counter) -> dict:
     """Of the steps but the first, which warms up: the median, and each phase's mean; train is what the others leave."""
     count, seconds = len(step_seconds) - 1, statistics.median(step_seconds[1:])
@@ -149,7 +161,7 @@ def trl(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, thread
     from transformers import TrainerCallback
     from trl import GRPOTrainer
 
-    from grpo import report
+    from grpo.metrics import peak_memory_mb
     from rewards import reward_len
 
     torch.set_num_threads(threads)
@@ -180,17 +192,17 @@ def trl(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, thread
     def watch(name, phase_of):
         method = getattr(trainer, name)
 
-        def timed(*arguments, **options):
-            with report.timed(phases, phase_of(*arguments)):
+        def watched(*arguments, **options):
+            with timed(phases, phase_of(*arguments)):
                 return method(*arguments, **options)
-        setattr(trainer, name, timed)
+        setattr(trainer, name, watched)
 
     watch("_generate_single_turn", lambda *_: "sample")
     watch("_calculate_rewards", rewarded)
     watch("_get_per_token_logps_and_entropies",
           lambda model, *_: "reference" if model is trainer.ref_model else "policy")
     trainer.train()
-    return shares(seconds, phases) | {"trainer_mb": report.peak_memory_mb(), "tokens": statistics.mean(lengths)}
+    return shares(seconds, phases) | {"trainer_mb": peak_memory_mb(), "tokens": statistics.mean(lengths)}
 
 
 def simple(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threads: int) -> dict:
@@ -199,7 +211,6 @@ def simple(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, thr
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from grpo import report
     from rewards import reward_len
 
     torch.set_num_threads(threads)
@@ -217,21 +228,21 @@ def simple(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, thr
         start = time.perf_counter()
         for prompt in data[step * prompts : (step + 1) * prompts]:
             ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-            with report.timed(phases, "sample"), torch.no_grad():
+            with timed(phases, "sample"), torch.no_grad():
                 answers = model.eval().generate(
                     ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, num_return_sequences=GROUP,
                     max_new_tokens=tokens, min_new_tokens=tokens if exact else 0)[:, ids.shape[1] :]
             lengths.append(sum((row != tokenizer.eos_token_id).sum().item() + 1 for row in answers) if not exact
                            else answers.numel())
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-            with report.timed(phases, "reward"):
+            with timed(phases, "reward"):
                 rewards = torch.tensor(reward_len(texts), dtype=torch.float)
             again = [tokenizer(text, add_special_tokens=False).input_ids[:tokens] for text in texts]
             # Random tokens are not always what their text is tokenised to: as many of them as were sampled.
             longest = answers.shape[1]
             again = torch.tensor([(row + [tokenizer.eos_token_id] * longest)[:longest] for row in again])
             batch = torch.cat([ids.expand(GROUP, -1), again], 1)
-            with report.timed(phases, "reference"), torch.no_grad():
+            with timed(phases, "reference"), torch.no_grad():
                 ref_logps = logps_of(reference, batch)[:, ids.shape[1] - 1 :]
             logps = logps_of(model.train(), batch)[:, ids.shape[1] - 1 :]
             advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[:, None]
@@ -248,7 +259,7 @@ def simple(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, thr
             phases.clear()
             lengths.clear()
     tokens = statistics.mean(lengths) * prompts
-    return shares(seconds, phases) | {"trainer_mb": report.peak_memory_mb(), "tokens": tokens}
+    return shares(seconds, phases) | {"trainer_mb": peak_mb(os.getpid()), "tokens": tokens}
 
 
 # ------------------------------------------------------------------------------------------------- in turns

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo.sampling import graph as graph_sampler
 from grpo.attention import pack_attention
-from grpo.policy import fuse
+from grpo.fused import fuse
 from grpo.policy import token_logps
+from grpo.sampling import graph as graph_sampler
 from grpo.sampling.transformers import sample
 
 PROMPT, ROWS = 128, 64

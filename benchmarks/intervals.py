@@ -1,4 +1,4 @@
-"""How often the truth is inside evaluation.py's 95 % intervals, and two others, for simulated problems and samples.
+"""How often the truth is inside grpo/evaluate.py's 95 % intervals, and two others, for simulated problems and samples.
 
     python benchmarks/intervals.py
 

@@ -46,12 +46,11 @@ def trl(until: float) -> dict:
     from transformers import TrainerCallback
     from trl import GRPOTrainer
 
-    from grpo.evaluate import score, tally
-    from grpo_train import SYSTEM_PROMPT
-    from rewards import load_rewards, reward_correct, reward_format
     from grpo.data import load_prompts
     from grpo.policy import load_model, stop_ids
-    from grpo.sampling.transformers import sample
+    from grpo.sampling.transformers import rollouts
+    from grpo_train import SYSTEM_PROMPT
+    from rewards import load_rewards, reward_correct, reward_format, score
 
     torch.set_num_threads(os.cpu_count())
     model, tokenizer = load_model(MODEL)
@@ -59,10 +58,9 @@ def trl(until: float) -> dict:
     rewards = load_rewards([reward_correct, reward_format])
 
     def judge(model):
-        completions = sample(model, [row["ids"] for row in heldout], 1, temperature=0, max_tokens=64,
-                             stop=stop_ids(model, tokenizer))
-        samples = score(rewards, heldout, completions, tokenizer)
-        return tally(rewards, samples)["accuracy"] / len(heldout)
+        groups = sum(rollouts(model, heldout, 1, temperature=0, max_tokens=64, stop=stop_ids(model, tokenizer)), [])
+        score(groups, rewards, tokenizer)
+        return statistics.fmean(group.samples[0].rewards[0] > 0 for group in groups)
 
     history = []
 
@@ -84,7 +82,7 @@ def trl(until: float) -> dict:
         reward.__name__ = function.__name__
         return reward
 
-    rows = [{"prompt": prompt["text"]} | prompt["columns"] for prompt in prompts]
+    rows = [{"prompt": prompt.text} | prompt.columns for prompt in prompts]
     trainer = GRPOTrainer(
         MODEL, [with_tags(reward_correct), with_tags(reward_format)],
         train_dataset=Dataset.from_list(rows), callbacks=[Watch()],

@@ -1,6 +1,6 @@
 """What a GPU has to hold, by arithmetic: weights, gradients, AdamW's states, the cache of sampling, activations.
 
-    python benchmarks/memory.py                                                  # the recipes of the README
+    python benchmarks/memory.py                                                  # the recipes of docs/gpus.md
     python benchmarks/memory.py model=7b gpus=7 zero=2 rows=64 tokens=2048       # one of your own; lora=32 for adapters
 
 Training takes 16 bytes a parameter: 2 for the weight and 2 for its gradient in bfloat16, 12 for AdamW's states in

@@ -15,9 +15,9 @@ from pathlib import Path
 import compare
 import torch
 
+from grpo.policy import load_model
 from grpo.reference import request_logps
 from ref_server import batched_logps
-from grpo.policy import load_model
 
 
 def main(vocab="512", rounds="30") -> None:

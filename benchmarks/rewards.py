@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rewards  # noqa: E402
+from grpo import math_judge  # noqa: E402
 
 COMPLETIONS = 20_000
 
@@ -31,9 +32,9 @@ def gsm8k_like(rng: random.Random) -> tuple[str, str]:
 def main() -> None:
     os.sched_setaffinity(0, {0})  # math-verify's processes too
     asked = []
-    judge = rewards.ask_judge
-    rewards.ask_judge = lambda gold, answer: asked.append(answer) or judge(gold, answer)
-    rewards.ask_judge("1", "2")  # starts the process that imports math-verify
+    judge = math_judge.ask_judge
+    math_judge.ask_judge = lambda gold, answer: asked.append(answer) or judge(gold, answer)
+    math_judge.ask_judge("1", "2")  # starts the process that imports math-verify
     rng = random.Random(0)
     completions, golds = zip(*(gsm8k_like(rng) for _ in range(COMPLETIONS)))
     labelled = [json.loads(line) for line in (ROOT / "tests" / "answers.jsonl").read_text().splitlines()]

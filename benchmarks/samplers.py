@@ -1,4 +1,4 @@
-"""Ways to sample: tokens a second of `sampler.sample`, of the same by CUDA graph and of transformers' own, in turns.
+"""Ways to sample: tokens a second of both samplers of this project and of transformers' own, in turns.
 
     python benchmarks/samplers.py                        # 512 entries
     python benchmarks/samplers.py vocab=151936 rounds=2
@@ -16,8 +16,8 @@ import compare
 import torch
 from transformers import GenerationConfig
 
-from grpo.sampling import graph as graph_sampler
 from grpo.policy import load_model, stop_ids
+from grpo.sampling import graph as graph_sampler
 from grpo.sampling.transformers import sample
 
 PROMPTS, TOKENS = 4, 64
@@ -50,8 +50,8 @@ def main(vocab="512", rounds="5") -> None:
             seeds=list(range(PROMPTS)), decoder=decoder)]
 
     ways = {
-        "sampler.sample": own,
-        "graph_sampler, without CUDA no graph": lambda: own(graph_sampler.decode),
+        "SAMPLER=transformers": own,
+        "SAMPLER=graph, without CUDA no graph": lambda: own(graph_sampler.decode),
         "generate": generate,
         "generate, static cache": lambda: generate(cache_implementation="static", disable_compile=True),
         "generate, static cache, compiled": lambda: generate(cache_implementation="static"),
@@ -73,7 +73,7 @@ def main(vocab="512", rounds="5") -> None:
                 first[name] = [[int(token) for token in answer] for answer in answers[:3]]
     steps, graph = list(first.values())[:2]
     print(f"the graph draws {'the same' if steps == graph else 'OTHER'} tokens")  # in bfloat16 they may, in the end
-    base = speeds["sampler.sample"]
+    base = speeds["SAMPLER=transformers"]
     for name, measured in speeds.items():
         ratio = statistics.median(own / other for own, other in zip(base, measured))
         print(f"{name:37}{statistics.median(measured):8.0f} tokens a second{ratio:8.2f} times as long")

@@ -148,5 +148,5 @@ def main():
 
 
 if __name__ == "__main__":
-    override_constants(globals(), sys.argv[1:])
+    override_constants(__name__, sys.argv[1:])
     main()

@@ -2,7 +2,7 @@
 
 `same(gold, answer, verify)` brings both texts to one spelling, takes lists, sets, intervals and matrices apart, and
 compares dates, quantities with their units, multiple choice letters and words by itself, exactly. What is left is
-mathematics for `verify(gold, answer)`: math-verify in a guarded process, see rewards.py. Where a human would hesitate
+mathematics for `verify(gold, answer)`: math-verify in a guarded process, see `math_judge`. Where a human would hesitate
 the answer is wrong, because a reward for hedging teaches hedging.
 """
 import re
@@ -78,7 +78,8 @@ HEDGE = re.compile(
     r"(?i)\b(?:or|not|never|about|approx\w*|roughly|around|maybe|perhaps|possibl[ey]|probably|either|neither|but|if|"
     r"unless|between|than|least|most|less|more|fewer|over|under|nearly|almost|rounded|estimate\w*|too|except|cannot|"
     r"can't|could|might|wrong|incorrect|twice|doubled?|tripled?|halved|half (?:of|the)|square of|root|divisible|any|"
-    r"multiple|factor(?:ial)?|pairs|score|\d+(?:st|nd|rd|th)|plus|minus|times|first|step|cases?)\b|n't\b|\?|\\approx|\.\.|"
+    r"multiple|factor(?:ial)?|pairs|score|\d+(?:st|nd|rd|th)|plus|minus|times|first|step|cases?)\b|"
+    r"n't\b|\?|\\approx|\.\.|"
     r"\d ?-?(?:squared|cubed|ish)\b|\d ?'")
 NAMES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen").split()
@@ -326,3 +327,29 @@ def same(gold: str, answer: str, verify) -> bool:
         working, _, result = answer.rpartition("=")
         return "=" not in gold and not re.search(r"(?<![\\A-Za-z])[A-Za-z]", working) and same(gold, result, verify)
     return verify(gold, answer)
+
+
+# ------------------------------------------------------------------------------------------------- found in a text
+
+def extract_answer(completion: str) -> str | None:
+    """The text of the single complete `<answer>` block after the last `</think>`; None if there is no such block."""
+    _, thought, rest = completion.rpartition("</think>")
+    if not thought or rest.count("<answer>") != 1 or rest.count("</answer>") != 1:
+        return None
+    inside = rest.partition("<answer>")[2]
+    return inside.partition("</answer>")[0].strip() if "</answer>" in inside else None
+
+
+def gold_answer(gold) -> str:
+    """A data set's answer as text; GSM8K writes it behind `####`, at the end of the solution."""
+    return str(gold).rpartition("####")[2].strip()
+
+
+def last_latex(text: str) -> str | None:
+    r"""What is inside the last complete `\boxed{}`, or else the last of `$...$`, `$$...$$`, `\(...\)` and `\[...\]`."""
+    _, boxed, rest = text.rpartition(r"\boxed{")
+    for end, depth in enumerate(accumulate((letter == "{") - (letter == "}") for letter in rest if boxed)):
+        if depth < 0:
+            return rest[:end]
+    parts = re.split(r"(?<!\\)(?:\$\$?|\\[()\[\]])", text)  # every second one is mathematics
+    return parts[-3 + len(parts) % 2] if len(parts) > 2 else None

@@ -13,12 +13,16 @@ Everything random in a step follows from SEED and the step's number: there is no
 import copy
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from grpo import report
+from grpo.constants import require
+from grpo.distributed import from_first
 
 MAY_CHANGE = ("OUTPUT_DIR RESUME STEPS SAVE_EVERY EVAL_EVERY KEEP_CHECKPOINTS REF_SERVER "
               "MICRO_BATCH_TOKENS GRADIENT_CHECKPOINTING TRACKERS DS_CONFIG").split()
@@ -30,41 +34,44 @@ def complete(folder: str) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def begin(folder: str, constants: dict, resume: bool) -> int:
-    """Makes the folder ready for a new run, or for the rest of the one that it holds: the step after which it goes on.
+def begin(folder: str, constants: dict, resume: bool) -> tuple[int, str]:
+    """Makes the folder ready for a new run, or for the rest of the one that it holds; by all processes together.
 
-    By one process, before the others `see` it. SystemExit if the folder holds a run with other constants. What that run
-    wrote after its last checkpoint is removed.
+    Returns the step after which the run goes on, and a name for this start of it. SystemExit if the folder holds a run
+    with other constants, or if a process, on another machine perhaps, does not see it.
     """
-    fixed = [name for name in constants if name.isupper() and name not in MAY_CHANGE]
+    last = prepare(Path(folder), constants, resume) if dist.get_rank() == 0 else 0
+    last, start = from_first((last, secrets.token_hex(6)))
+    require((Path(folder) / "run.json").exists(),
+            f"OUTPUT_DIR={folder} is not the folder of the first process: the machines have to share it")
+    return last, start
+
+
+def prepare(path: Path, constants: dict, resume: bool) -> int:
+    """The first process's part of `begin`: removes what the run wrote after its last checkpoint, whose step it gives.
+    """
+    fixed = [name for name in constants if name not in MAY_CHANGE]
     constants = {name: constants[name] for name in constants if name in [*fixed, "STEPS"]}
-    path, now = Path(folder), json.loads(json.dumps(constants, default=lambda function: function.__name__))
+    now = json.loads(json.dumps(constants, default=lambda function: function.__name__))
     if (path / "metrics.jsonl").exists():
         before = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
         changed = [f"{name}={before.get(name)} there" for name in fixed if before.get(name, now[name]) != now[name]]
-        if changed or not resume:
-            hint = "; ".join(changed[:3]) or "RESUME=True continues it"
-            raise SystemExit(f"OUTPUT_DIR={folder} holds another run: choose another ({hint})")
+        hint = "; ".join(changed[:3]) or "RESUME=True continues it"
+        require(resume and not changed, f"OUTPUT_DIR={path} holds another run: choose another ({hint})")
     try:
         path.mkdir(parents=True, exist_ok=True)
         replace(path / "run.json", json.dumps(now, indent=1))
         shutil.copy(Path(__file__).with_name("page.html"), path / "index.html")
     except OSError as error:
-        raise SystemExit(f"OUTPUT_DIR={folder} cannot be written: {error}") from error
+        raise SystemExit(f"OUTPUT_DIR={path} cannot be written: {error}") from error
     for leftover in path.glob("step_*.unfinished"):
         shutil.rmtree(leftover)
-    last = max([0, *complete(folder)])
+    last = max([0, *complete(path)])
     if (reference := path / f"step_{last}/state/reference.safetensors").exists():
         shutil.copy(reference, path)
     for name in "metrics", "completions":
         cut(path / f"{name}.jsonl", last)
     return last
-
-
-def see(folder: str) -> None:
-    """SystemExit if this process, on another machine perhaps, does not see what the first one has begun."""
-    if not (Path(folder) / "run.json").exists():
-        raise SystemExit(f"OUTPUT_DIR={folder} is not the folder of the first process: the machines have to share it")
 
 
 def cut(path: Path, last: int) -> None:
@@ -86,19 +93,16 @@ def merged(model):
     return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
-def save(engine, model, gathered, tokenizer, folder: str, step: int, keep: int, rank: int) -> None:
-    """folder/step_N, by all processes together; the `keep` newest stay. SystemExit says why it could not be written.
-
-    Within `gathered()` the parameters of `model` are whole.
-    """
-    final = Path(folder) / f"step_{step}"
+def save(engine, policy, folder: str, step: int, keep: int) -> None:
+    """folder/step_N, by all processes together; the `keep` newest stay. SystemExit says why it could not be written."""
+    final, first = Path(folder) / f"step_{step}", dist.get_rank() == 0
     unfinished = final.with_suffix(".unfinished")
     try:
         engine.save_checkpoint(str(unfinished), tag="state", save_latest=False)
-        with gathered():
-            if rank == 0:
-                write(unfinished, model, tokenizer)
-        if rank == 0:
+        with policy.gathered():
+            if first:
+                write(unfinished, policy.model, policy.tokenizer)
+        if first:
             os.replace(unfinished, final)
             for old in complete(folder)[:-keep] if keep else []:
                 doomed = Path(folder) / f"step_{old}.unfinished"
@@ -107,7 +111,7 @@ def save(engine, model, gathered, tokenizer, folder: str, step: int, keep: int, 
     except (OSError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"cannot save {final}: {error}; complete checkpoints: {complete(folder)}. "
                          "Make room and start the same command again") from error
-    if rank == 0:
+    if first:
         try:
             report.card(Path(folder), final)
         except Exception as error:  # whatever it is, the weights are worth more

@@ -1,12 +1,15 @@
 """Data sets: from rows of a file or of the hub to prompts."""
 import json
+import random
+from functools import lru_cache
 
 from jinja2 import TemplateError
 
+from grpo.types import Prompt
 
-def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, question: str = "question") -> list[dict]:
-    """The rows of a .jsonl or .parquet file or a hub data set (`name[:config[:split]]`): `text`, `ids`, the row's
-    `number` (from 1) and the other `columns`.
+
+def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, question="question") -> list[Prompt]:
+    """The rows of a .jsonl or .parquet file, or of a hub data set (`name[:config[:split]]`), as prompts.
 
     A row has the column `question`, put behind the system prompt in the chat template, or `prompt`: a string, used as
     it is, or chat messages. Prompts over `max_tokens` are left out and counted. SystemExit says what is wrong.
@@ -30,14 +33,23 @@ def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, ques
                 raise SystemExit(f"row {number} of {name}: MODEL's chat template says: {error} "
                                  "(SYSTEM_PROMPT= leaves the system message out)") from error
         row.pop(question, None)
-        prompts.append({"text": text, "ids": tokenizer(text, add_special_tokens=False).input_ids, "columns": row,
-                        "number": number})
-    short = [prompt for prompt in prompts if 0 < len(prompt["ids"]) <= max_tokens]
+        prompts.append(Prompt(tokenizer(text, add_special_tokens=False).input_ids, text, row, number))
+    short = [prompt for prompt in prompts if 0 < len(prompt.ids) <= max_tokens]
     if not short:
         raise SystemExit(f"every prompt of {name} has more than MAX_PROMPT_TOKENS={max_tokens} tokens")
     if left_out := len(prompts) - len(short):
         print(f"{name}: left out {left_out} of {len(prompts)} prompts, over MAX_PROMPT_TOKENS={max_tokens}", flush=True)
     return short
+
+
+def pick(prompts: list[Prompt], number: int, seed: int) -> Prompt:
+    """The prompt with this number, from 0, in an endless row of epochs, each in an order of its own."""
+    return prompts[epoch_order(seed, number // len(prompts), len(prompts))[number % len(prompts)]]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
+    return random.Random(f"{seed} {epoch}").sample(range(size), size)
 
 
 def read_jsonl(path: str) -> list[dict]:

@@ -1,7 +1,7 @@
-"""The processes of a run: how they start, add up and end together.
+"""The processes of a run: start, all-reduce, shut down.
 
-One process a GPU, started by `deepspeed`; or one alone, started by `python`. If one of them fails, all end, and its
-error is the last one on the screen. SIGTERM and Ctrl-C ask for the end of the step; the same signal again ends at once.
+`deepspeed` starts one process for each GPU, `python` a single one. If a process fails, all end, and its error is the
+last one on the screen. SIGTERM or Ctrl-C ends the run after the current step; the same signal again ends it at once.
 """
 import os
 import signal
@@ -13,11 +13,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-stopping = threading.Event()  # somebody asked for the end of the run
+stopping = threading.Event()  # set by a signal: end the run after the current step
 
 
 def start() -> tuple[int, int]:
-    """Rank and number of processes; without the deepspeed launcher there is one. SystemExit if they cannot meet."""
+    """Rank and number of processes (one without the deepspeed launcher). SystemExit if they cannot connect."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.accelerator.is_available():
@@ -31,12 +31,31 @@ def start() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def reduce(values: dict[str, float | torch.Tensor], operation=dist.ReduceOp.SUM) -> dict[str, float]:
-    """The values summed (or else) over all processes."""
+def reduce(values: list[float | torch.Tensor], operation=dist.ReduceOp.SUM) -> list[float]:
+    """All-reduce: each value summed over all processes, or combined by another operation."""
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device) for value in values.values()])
+    numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device) for value in values])
     dist.all_reduce(numbers, operation)
-    return dict(zip(values, numbers.tolist()))
+    return numbers.tolist()
+
+
+def largest(value: float) -> float:
+    """The largest of all processes' values."""
+    return reduce([value], dist.ReduceOp.MAX)[0]
+
+
+def std(values: list[float]) -> float:
+    """The sample standard deviation of all processes' values, equally many on each."""
+    count, numbers = len(values) * dist.get_world_size(), torch.tensor(values, dtype=torch.float64)
+    mean = reduce([numbers.sum()])[0] / count
+    return (reduce([(numbers - mean).square().sum()])[0] / (count - 1)) ** 0.5
+
+
+def from_first(value):
+    """The first process's value, any picklable object."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def stop_at_signals() -> None:

@@ -14,24 +14,23 @@ pair of each kind, 1 and 1, 0 and 0, 1 and 0, 0 and 1 (Agresti and Min, Statisti
 """
 import json
 import sys
-from contextlib import nullcontext
-from html import escape
+from itertools import chain
 from math import comb, inf, isnan
 from pathlib import Path
 from statistics import fmean, stdev
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from grpo import checkpoint, distributed, report
 from grpo.constants import override_constants, require
 from grpo.data import load_prompts
-from grpo.distributed import reduce
-from grpo.policy import load_model, stop_ids
+from grpo.metrics import Metrics
+from grpo.policy import Policy
 from grpo.sampling import open_sampler
-from grpo.sampling.transformers import MAX_SEQUENCES, in_order
-from rewards import check_rewards, compute_rewards, load_rewards
+from grpo.sampling.transformers import MAX_SEQUENCES
+from grpo.types import Group, Prompt, Sample
+from rewards import check_rewards, columns_of, load_rewards, score
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name; or two of them, with a comma between
 DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either by name
@@ -56,53 +55,36 @@ IMAGINED = {  # problems, and the limits of what is possible; two differences th
 SHOWN = 200  # problems in evaluation.html; all are in evaluation.jsonl
 
 
-def columns(rows: list[dict]) -> dict[str, list]:
-    """What the reward functions see of the data set."""
-    return {name: [row["columns"][name] for row in rows] for name in (rows[0]["columns"] if rows else [])}
+def add_rewards(metrics: Metrics, groups: list[Group], rewards: dict) -> None:
+    """What the groups' samples are worth."""
+    samples = [sample for group in groups for sample in group.samples]
+    count = len(samples)
+    metrics.add("reward", sum(one.reward for one in samples), count)
+    metrics.add("accuracy", sum(one.rewards[0] > 0 for one in samples), count)
+    metrics.add("completion_tokens_mean", sum(len(one.tokens) for one in samples), count)
+    metrics.add("truncated_frac", sum(not one.ended for one in samples), count)
+    for place, function in enumerate(rewards):
+        values = [one.rewards[place] for one in samples if not isnan(one.rewards[place])]
+        metrics.add(f"reward/{function.__name__}", sum(values), len(values))
 
 
-def score(rewards: dict, rows: list[dict], completions: list, tokenizer) -> list[dict]:
-    """Samples: completions of the prompts in `rows`, one of each, and what they are worth.
-
-    The token ids `prompt` and `completion`, tensors; `sampler_logps`; `length`, of both; `ended`; the `text`, EOS cut
-    off; by function a number in `rewards`, None as NaN, and a list in `steps`; the weighted sums `total`, of all
-    functions, and `outcome`, of those that did not judge its steps.
-    """
-    samples = [{"prompt": torch.tensor(row["ids"]), "completion": completion.tokens, "sampler_logps": completion.logps,
-                "length": len(row["ids"]) + len(completion.tokens), "ended": completion.ended,
-                "text": tokenizer.decode(completion.tokens[: -1 if completion.ended else None])}
-               for row, completion in zip(rows, completions)]
-    values, steps = compute_rewards(
-        rewards, [one["text"] for one in samples], prompts=[row["text"] for row in rows],
-        completion_ids=[one["completion"].tolist() for one in samples], **columns(rows))
-    for one, its_values, its_steps in zip(samples, zip(*values), zip(*steps)):
-        parts = [0.0 if isnan(value) else weight * value for value, weight in zip(its_values, rewards.values())]
-        one |= {"rewards": its_values, "steps": its_steps, "total": sum(parts),
-                "outcome": sum(part for part, function_steps in zip(parts, its_steps) if not function_steps)}
-    return samples
+def add_groups(metrics: Metrics, groups: list[Group], rewards: dict) -> None:
+    """`add_rewards`, and what only groups of several samples have."""
+    add_rewards(metrics, groups, rewards)
+    metrics.add("completion_tokens_total", sum(len(one.tokens) for group in groups for one in group.samples))
+    metrics.add("reward_std", sum(stdev(one.reward for one in group.samples) for group in groups), len(groups))
+    metrics.add("advantage_zero_groups", sum(not group.has_signal() for group in groups))
 
 
-def tally(rewards: dict, samples: list[dict]) -> dict[str, float]:
-    """Sums to log, see `report.means`."""
-    sums = {"reward": sum(one["total"] for one in samples), "accuracy": sum(one["rewards"][0] > 0 for one in samples),
-            "completion_tokens_mean": sum(len(one["completion"]) for one in samples),
-            "truncated_frac": sum(not one["ended"] for one in samples)}
-    for number, function in enumerate(rewards):
-        values = [value for one in samples if not isnan(value := one["rewards"][number])]
-        sums |= {f"reward/{function.__name__}": sum(values), f"count reward/{function.__name__}": len(values)}
-    return sums
-
-
-def evaluate(rollouts, tokenizer, rewards: dict, rows: list[dict], **options) -> dict[str, float]:
-    """Greedy completions of the held-out rows, shared by the processes: accuracy, rewards, length, share cut off.
-
-    `rollouts` is that of a sampler; `options` are max_tokens and stop.
-    """
-    mine = rows[dist.get_rank() :: dist.get_world_size()]
-    completions = in_order(rollouts([row["ids"] for row in mine], 1, temperature=0, **options))
-    sums = tally(rewards, score(rewards, mine, completions, tokenizer))
-    means = report.means(reduce(sums), len(rows))
-    return {f"eval_{name.removeprefix('completion_')}": value for name, value in means.items()}
+def evaluate(rollouts, prompts: list[Prompt], rewards: dict, tokenizer) -> dict[str, float]:
+    """Greedy completions of held-out prompts, shared by the processes: accuracy, rewards, length, share cut off."""
+    if not prompts:
+        return {}
+    metrics = Metrics()
+    groups = sum(rollouts(prompts[dist.get_rank() :: dist.get_world_size()], 1, temperature=0), [])
+    score(groups, rewards, tokenizer)
+    add_rewards(metrics, groups, rewards)
+    return {f"eval_{name.removeprefix('completion_')}": value for name, value in metrics.reduced().items()}
 
 
 # ------------------------------------------------------------------------------------------------- evaluation alone
@@ -136,50 +118,44 @@ def compare() -> None:
 
 
 def complete_all(name: str, rewards: dict) -> dict[int, list[dict]]:
-    """A model's completions with their rewards, by the problem's number: the greedy one, then EVAL_SAMPLES more.
+    """A model's rows of evaluation.jsonl by the problem's number: the greedy completion, then EVAL_SAMPLES more.
 
-    The processes take turns at blocks of problems. These and the seeds are the same for any number of processes, and so
-    are the completions.
+    The processes take turns at blocks of problems. Blocks and seeds are the same for any number of processes, and so
+    are the completions; vLLM, which takes the weights over for each block, gets one for each process.
     """
-    rank, world, longest = dist.get_rank(), dist.get_world_size(), MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS
-    model, tokenizer = load_model(name, longest, DTYPE)
-    rows = load_prompts(EVAL_DATASET, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN)
-    check_rewards(rewards, columns(rows))
-    rollouts, ready = open_sampler(SAMPLER, model, nullcontext, name, longest, VLLM_MEMORY)
-    options = {"max_tokens": MAX_COMPLETION_TOKENS, "stop": stop_ids(model, tokenizer)}
-    size = max(1, MAX_SEQUENCES // EVAL_SAMPLES)
-    blocks = [rows[start : start + size] for start in range(0, len(rows), size)][rank::world]
-    found, everybody = {row["number"]: [] for block in blocks for row in block}, [None] * world
-    with ready(), tqdm(desc=name, total=len(found), unit="problem", disable=None if rank == 0 else True) as progress:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    policy = Policy(name, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE, TEMPERATURE)
+    prompts = load_prompts(EVAL_DATASET, policy.tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN)
+    check_rewards(rewards, columns_of(prompts))
+    rollouts = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
+    size = -(-len(prompts) // world) if SAMPLER == "vllm" else max(1, MAX_SEQUENCES // EVAL_SAMPLES)
+    blocks = [prompts[start : start + size] for start in range(0, len(prompts), size)][rank::world]
+    found, everybody = {prompt.number: [] for block in blocks for prompt in block}, [None] * world
+    with tqdm(desc=name, total=len(found), unit="problem", disable=None if rank == 0 else True) as progress:
         for block in blocks:
-            prompts = [row["ids"] for row in block]
-            greedy = in_order(rollouts(prompts, 1, temperature=0, **options))
-            sampled = in_order(rollouts(
-                prompts, EVAL_SAMPLES, temperature=TEMPERATURE, min_tokens=MIN_COMPLETION_TOKENS,
-                seeds=[SEED << 32 | row["number"] for row in block], **options))
-            for repeated, completions in (1, greedy), (EVAL_SAMPLES, sampled):
-                its_rows = [row for row in block for _ in range(repeated)]
-                for answer in judged(name, rewards, its_rows, completions, tokenizer):
-                    answers = found[answer["problem"]]
-                    answers.append({"sample": len(answers)} | answer)
+            seeds = [SEED << 32 | prompt.number for prompt in block]
+            for groups in chain(rollouts(block, 1, temperature=0),
+                                rollouts(block, EVAL_SAMPLES, temperature=TEMPERATURE,
+                                         min_tokens=MIN_COMPLETION_TOKENS, seeds=seeds)):
+                score(groups, rewards, policy.tokenizer)
+                for group in groups:
+                    answers = found[group.prompt.number]
+                    answers += [row(name, len(answers) + place, sample, rewards)
+                                for place, sample in enumerate(group.samples)]
             progress.update(len(block))
     dist.all_gather_object(everybody, found)
     return {number: answers for part in everybody for number, answers in part.items()}
 
 
-def judged(name: str, rewards: dict, rows: list[dict], completions: list, tokenizer) -> list[dict]:
-    """The rows of evaluation.jsonl for these completions. Of the right form is what a reward with "format" in its name
-    gives more than 0."""
-    functions, answers = [function.__name__ for function in rewards], []
-    form = next((i for i, function in enumerate(functions) if "format" in function), None)
-    for row, one in zip(rows, score(rewards, rows, completions, tokenizer)):
-        answers.append({
-            "model": name, "problem": row["number"], "prompt": row["text"], "columns": row["columns"],
-            "completion": one["text"], "accuracy": one["rewards"][0] > 0, "reward": one["total"],
-            "tokens": len(one["completion"]), "cut_off": not one["ended"],
-            **({} if form is None else {"format": one["rewards"][form] > 0}),
-            "rewards": {function: None if isnan(v) else v for function, v in zip(functions, one["rewards"])}})
-    return answers
+def row(model: str, number: int, sample: Sample, rewards: dict) -> dict:
+    """A row of evaluation.jsonl. A completion has the right form if a reward with "format" in its name is above 0."""
+    values = {function.__name__: value for function, value in zip(rewards, sample.rewards)}
+    form = [value > 0 for name, value in values.items() if "format" in name]
+    return {"model": model, "problem": sample.prompt.number, "sample": number, "prompt": sample.prompt.text,
+            "columns": sample.prompt.columns, "completion": sample.text, "accuracy": sample.rewards[0] > 0,
+            "reward": sample.reward, "tokens": len(sample.tokens), "cut_off": not sample.ended,
+            **({"format": form[0]} if form else {}),
+            "rewards": {name: None if isnan(value) else value for name, value in values.items()}}
 
 
 def pass_at(k: int, samples: int, right: int) -> float:
@@ -249,21 +225,8 @@ def cell(number: dict[str, float], rate: bool, signed: bool) -> str:
 
 # ------------------------------------------------------------------------------------------------- side by side
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width"><title>Evaluation</title><style>
-body {{font: 15px/1.4 sans-serif; margin: 1em auto; max-width: 80em; padding: 0 1em}}
-pre {{white-space: pre-wrap; overflow-wrap: anywhere; margin: .3em 0}} .numbers {{white-space: pre; overflow-x: auto}}
-table {{border-collapse: collapse; width: 100%; table-layout: fixed}} h2 {{font-size: 1.1em; margin-top: 2em}}
-td, th {{border: 1px solid #bbb; padding: .3em .6em; vertical-align: top; text-align: left; overflow-wrap: anywhere}}
-.right {{background: #e8f5e6}} .wrong {{background: #fbeceb}} small, .prompt {{color: #555}}
-</style><h1>Evaluation</h1><pre class="numbers">{table}</pre><p>{note}</p>
-{problems}</html>
-"""
-
-
 def page(names: list[str], found: list[dict[int, list[dict]]], text: str) -> str:
-    """evaluation.html: the models' completions next to each other. Where they differ in what is right comes first, then
+    """evaluation.html: the models' completions next to each other, first where the models differ in what is right, then
     what is wrong. Everything that a model or a data set wrote is escaped, and the page may neither run nor load."""
     def order(number):
         right = [[answer["accuracy"] for answer in answers[number]] for answers in found]
@@ -271,36 +234,13 @@ def page(names: list[str], found: list[dict[int, list[dict]]], text: str) -> str
         differ = len({tuple(answer["completion"] for answer in answers[number]) for answers in found})
         return min(greedy) - max(greedy), min(sampled) - max(sampled), -differ, sum(greedy), sum(sampled), number
 
-    numbers = sorted(found[0], key=order)
-    heads = "".join(f"<th>{escape(name)}</th>" for name in names)
-    problems = [problem_html(number, [answers[number] for answers in found], heads) for number in numbers[:SHOWN]]
-    first = "Problems where the models differ" if len(names) > 1 else "Problems with a wrong answer"
-    rest = f" The first {SHOWN} of {len(numbers)}; all are in evaluation.jsonl." if len(numbers) > SHOWN else ""
-    note = f"{first} come first. Green is right, red is wrong.{rest}"
+    problems = []
+    for number in sorted(found[0], key=order)[:SHOWN]:
+        greedy, *sampled = zip(*(answers[number] for answers in found))
+        problems.append((number, greedy, sampled))
+    filled = report.template("evaluation.html").render(names=names, table=text, problems=problems, count=len(found[0]))
     # everything beyond ASCII as a number: whatever it is, it can be written and the page stays valid
-    filled = PAGE.format(table=escape(text), note=note, problems="\n".join(problems))
     return filled.encode("ascii", "xmlcharrefreplace").decode()
-
-
-def problem_html(number: int, found: list[list[dict]], heads: str) -> str:
-    """A problem: its prompt and columns, the greedy completions, and behind a click the sampled ones."""
-    def table_rows(pairs):
-        return "".join(f"<tr>{''.join(map(answer_html, pair))}</tr>" for pair in pairs)
-
-    greedy, *sampled = zip(*found)
-    right = " | ".join(f"{sum(answer['accuracy'] for answer in answers[1:])} right" for answers in found)
-    facts = ", ".join(f"{name}: {value}" for name, value in greedy[0]["columns"].items())
-    return (f"<h2>Problem {number}</h2><pre class=prompt>{escape(greedy[0]['prompt'])}</pre><p>{escape(facts)}</p>"
-            f"<table><tr>{heads}</tr>{table_rows([greedy])}</table>"
-            f"<details><summary>{len(sampled)} samples: {right}</summary>"
-            f"<table>{table_rows(sampled)}</table></details>")
-
-
-def answer_html(answer: dict) -> str:
-    values = [f"{name} {'none' if value is None else f'{value:.4g}'}" for name, value in answer["rewards"].items()]
-    facts = ", ".join([*values, f"{answer['tokens']} tokens", *["cut off"] * answer["cut_off"]])
-    colour = "right" if answer["accuracy"] else "wrong"
-    return f"<td class={colour}><small>{escape(facts)}</small><pre>{escape(answer['completion'])}</pre></td>"
 
 
 def main() -> None:
@@ -313,5 +253,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    override_constants(globals(), sys.argv[1:])
+    override_constants(__name__, sys.argv[1:])
     distributed.run(main)

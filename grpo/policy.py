@@ -1,26 +1,57 @@
-"""The policy's model: how it is loaded, and the one place where log-probs of given tokens are computed, `token_logps`.
+"""The policy: its model, and `token_logps`, the one place where log-probs of given tokens are computed.
 
-Trainer, reference server and examples call it, so policy and reference agree to rounding until the first update.
-Of the LM head GRPO needs one number for each token of a completion: `HeadLogps` never holds all the logits.
+Trainer, reference server and examples call `token_logps`, so policy and reference agree to rounding before the first
+update.
 """
-import gc
-import inspect
-import sys
-from bisect import bisect_left
-from functools import lru_cache
-from types import MethodType
+import copy
 
 import torch
-from torch.func import functional_call
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from grpo.attention import layout, pack_attention
+from grpo.constants import require
+from grpo.fused import fuse
+from grpo.head import embed_tied, head_logps
+from grpo.types import split
 
-LOGITS_PER_TILE = 2**26 if torch.accelerator.is_available() else 2**22  # alive at a time; 16 MB fit a CPU's cache
 CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}"
                  "{% if add_generation_prompt %}Assistant:{% endif %}")  # for base models that have none
+
+
+class Policy:
+    """The model twice, with the same parameters: `module` is trained, `model` samples and is saved.
+
+    `module` is a function from packed rows to log-probs, so that DeepSpeed sees the whole forward pass. `model` has no
+    hooks of DeepSpeed: with hooks and ZeRO 3 all processes would have to make as many forward passes, but the longest
+    completion is not the same everywhere.
+    """
+
+    def __init__(self, path: str, max_length: int, dtype: str = "auto", temperature=1.0, lora_rank=0, seed=0,
+                 gradient_checkpointing=False):
+        require(temperature > 0, f"TEMPERATURE={temperature}: sampling needs a positive one")
+        trained, self.tokenizer = load_model(path, max_length, dtype)
+        self.path, self.max_length, self.stop_ids = path, max_length, stop_ids(trained, self.tokenizer)
+        whole = add_adapters(trained, lora_rank, seed) if lora_rank else trained
+        if gradient_checkpointing:
+            trained.gradient_checkpointing_enable({"use_reentrant": False})
+        self.module = TokenLogps(trained, temperature)
+        self.model = copy.deepcopy(whole, {id(parameter): parameter for parameter in trained.parameters()})
+
+    def gathered(self):
+        """A context, entered by all processes together, in which the parameters of `model` are whole with ZeRO 3."""
+        import deepspeed  # here, because the reference server needs none
+        return deepspeed.zero.GatheredParameters(list(self.model.parameters()))
+
+
+class TokenLogps(torch.nn.Module):
+    """`token_logps` at a temperature."""
+
+    def __init__(self, model, temperature: float):
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, tokens, prompt_lens, completion_lens):
+        return token_logps(self.model, tokens, prompt_lens, completion_lens, self.temperature)
 
 
 # ------------------------------------------------------------------------------------------------- loading
@@ -54,7 +85,6 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto"):
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", tokens)
     if tokens > longest:
         raise SystemExit(f"MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS is over the {longest} tokens of MODEL={path}")
-    gc.freeze()  # what has been imported and loaded stays, there is nothing to collect
     return model, tokenizer
 
 
@@ -75,49 +105,6 @@ def stop_ids(model, tokenizer) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def tokens_until(tokenizer, tokens, characters: int) -> int:
-    """How many of the tokens it takes to write so many characters."""
-    return bisect_left(range(len(tokens)), characters, key=lambda count: len(tokenizer.decode(tokens[:count])))
-
-
-# ------------------------------------------------------------------------------------------------- one kernel each
-
-@lru_cache
-def compiled(function):
-    """A function of tensors as one kernel of a GPU, not one for each of its operations. Needs a C compiler."""
-    return torch.compile(function, dynamic=True)
-
-
-def rms_norm(norm, hidden):
-    return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-def gate(gates, values):
-    return functional.silu(gates) * values
-
-
-def gated_mlp(mlp, hidden):
-    return mlp.down_proj(compiled(gate)(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
-
-
-def fuse(model) -> None:
-    """For a GPU: replaces RMS norms, gates of MLPs like Llama's and rotary embeddings by one kernel each, where
-    transformers has five to ten. Norms with another formula stay (Gemma multiplies by 1 + weight). The rotary function
-    is replaced in the model's file in transformers, so other models of that file get it too."""
-    like_llama = inspect.getsource(LlamaMLP.forward)
-    for module in model.modules():
-        kind = type(module)
-        if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = MethodType(rms_norm, module)
-        if kind.__name__.endswith("MLP") and "SiLU" in type(getattr(module, "act_fn", None)).__name__ and (
-                inspect.getsource(kind.forward) == like_llama):
-            module.forward = MethodType(gated_mlp, module)
-    file = sys.modules[type(model).__module__]
-    rotary = getattr(file, "apply_rotary_pos_emb", None)
-    if rotary and not hasattr(rotary, "_torchdynamo_orig_callable"):
-        file.apply_rotary_pos_emb = compiled(rotary)
-
-
 # ------------------------------------------------------------------------------------------------- log-probs
 
 def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
@@ -133,134 +120,30 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     is_completion = is_token & (position >= prompt_lens[:, None])
     rows = torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_token, tokens.long())
     where = layout(rows, prompt_lens, lens)
-    embedding, replaced = tied(model)
-    packed, inputs = model.config._attn_implementation == "packed", {"input_ids": rows}
+    packed = model.config._attn_implementation == "packed"
+    head_weight, inputs = embed_tied(model, rows[where.computed][None] if packed else rows)
     if packed:
-        inputs = {"input_ids": rows[where.computed][None], "layout": where,
-                  "position_ids": position.expand_as(rows)[where.computed][None],
-                  "attention_mask": tokens.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
-    hidden = functional_call(model.base_model, replaced, kwargs=inputs | {"use_cache": False}).last_hidden_state
+        inputs |= {"layout": where, "position_ids": position.expand_as(rows)[where.computed][None],
+                   "attention_mask": tokens.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     hidden = hidden[0] if packed else hidden[where.computed]  # (N, H)
-    hidden = hidden[where.number[:, :-1][is_completion[:, 1:]]]  # (C, H): position t predicts token t + 1
-
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    scale = getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1) / temperature  # Cohere, Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    weight, bias = head.weight if embedding is None else embedding, getattr(head, "bias", None)
-    return HeadLogps.apply(hidden, weight, bias, rows[is_completion], scale, cap, LOGITS_PER_TILE)
+    hidden = hidden[where.number[:, :-1][is_completion[:, 1:]]]  # shift by one: position t predicts t + 1; (C, H)
+    return head_logps(model, hidden, rows[is_completion], head_weight, temperature)
 
 
-class UsedTwice(torch.autograd.Function):
-    """An embedding (V, H) that is the LM head too: one for the head, one for the body. The body's gradient, of few
-    tokens, is added to the head's, in the order of a dense one; another (V, H) would be the peak of the memory."""
-
-    @staticmethod
-    def forward(ctx, weight):
-        return weight.view_as(weight), weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, grad_head, grad_body):
-        tokens, place = grad_body._indices()[0].unique(return_inverse=True)
-        sums = torch.ops.aten.embedding_dense_backward(grad_body._values(), place, len(tokens), -1, False)
-        return grad_head.index_add_(0, tokens, sums)
-
-
-def tied(model) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    """An embedding that is trained, and is the LM head too: itself for the head, and by its name for the body's call.
-
-    Nothing for other models, and with ZeRO 3, where a module's parameters are there only while it is at work.
-    """
-    weight = next(model.get_output_embeddings().parameters())
-    trained = torch.is_grad_enabled() and weight.requires_grad and not hasattr(weight, "ds_id")
-    for name, parameter in model.base_model.named_parameters() if trained else ():
-        if parameter is weight:
-            model.get_input_embeddings().sparse = True  # its gradient
-            for_head, for_body = UsedTwice.apply(weight)
-            return for_head, {name: for_body}
-    return None, {}
-
-
-def log_total(logits, scale) -> torch.Tensor:
-    """log of the sum of exp(scale * logits) in each row (C,); on a CPU the logits (C, tile) are overwritten."""
-    if logits.is_cuda:
-        return compiled(log_sum_exp)(logits, scale)
-    top = scale * logits.amax(1)
-    logits = torch.add(-top[:, None], logits, alpha=scale, out=logits)
-    return logits.exp_().sum(1).log() + top
-
-
-def head_error(logits, total, place, inside, scale, cap, dtype) -> torch.Tensor:
-    """The gradient of the logits (C, tile) without the factors of `scale` and of the row: softmax - one-hot."""
-    if logits.is_cuda:
-        return compiled(softmax_error)(logits, total, torch.where(inside, place[:, 0], -1), scale, cap, dtype)
-    slope = 1 - (logits / cap).square() if cap else None
-    probs = torch.add(-total[:, None], logits, alpha=scale, out=logits).exp_()
-    error = probs.scatter_add_(1, place, -inside[:, None].float())
-    if cap:
-        error *= slope
-    return error.to(dtype)
-
-
-def log_sum_exp(logits, scale):
-    return torch.logsumexp(scale * logits, 1)
-
-
-def softmax_error(logits, total, place, scale, cap, dtype):
-    hit = torch.arange(logits.shape[1], device=logits.device) == place[:, None]
-    error = (scale * logits - total[:, None]).exp() - hit.float()
-    return (error * (1 - (logits / cap).square()) if cap else error).to(dtype)
-
-
-class HeadLogps(torch.autograd.Function):
-    """Log-probs (C,) of `targets` (C,) after hidden (C, H), by the LM head: weight (V, H), bias (V,) or None.
-
-    A tile of the vocabulary at a time, in the backward pass again, so that of the logits (C, V) only a tile is ever
-    alive, and in the CPU's cache. Between the products of matrices all is in float32, whatever the weights are in.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, cap, logits_per_tile):
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        multiple = 128 if hidden.is_cuda else 1  # the fast kernels of a GPU take no other numbers of columns
-        tile_size = logits_per_tile // max(1, len(hidden)) // multiple * multiple
-        ctx.scale, ctx.cap, ctx.tile_size = scale, cap, max(multiple, tile_size)
-        logps = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        ctx.total = logps - torch.inf  # log of the sum of exp(scale * logits)
-        for _, logits, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
-            logps += scale * logits.gather(1, place)[:, 0] * inside
-            ctx.total = ctx.total.logaddexp(log_total(logits, scale))
-        return logps - ctx.total
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, bias, targets = ctx.saved_tensors
-        grad = -ctx.scale * grad[:, None]
-        # A factor that all logits of a row share is multiplied in at the ends, not in a pass over the logits.
-        scaled, grad_hidden = (grad * hidden).to(hidden.dtype), torch.zeros_like(hidden, dtype=torch.float32)
-        grad_weight, grad_bias = (torch.empty_like(tensor) if needed else None
-                                  for tensor, needed in zip((weight, bias), ctx.needs_input_grad[1:3]))
-        for tile, logits, place, inside in HeadLogps.tiles(ctx, hidden, weight, bias, targets):
-            error = head_error(logits, ctx.total, place, inside, ctx.scale, ctx.cap, hidden.dtype)
-            grad_hidden += error @ weight[tile]
-            if grad_weight is not None:
-                torch.mm(error.T, scaled, out=grad_weight[tile])
-            if grad_bias is not None:
-                grad_bias[tile] = grad[:, 0] @ error.float()
-        return (grad * grad_hidden).to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
-
-    @staticmethod
-    def tiles(ctx, hidden, weight, bias, targets):
-        """For each tile of the vocabulary: its slice, its logits (C, tile) before `scale`, and where among them each
-        target is, (C, 1), if it is inside, (C,)."""
-        for start in range(0, len(weight), ctx.tile_size):
-            tile = slice(start, start + ctx.tile_size)
-            if hidden.is_cuda and hidden.dtype == torch.bfloat16:  # not rounded to bfloat16; a CPU cannot do that
-                logits = torch.mm(hidden, weight[tile].T, out_dtype=torch.float32)
-                logits = logits if bias is None else logits.add_(bias[tile])
-            else:
-                logits = functional.linear(hidden, weight[tile], None if bias is None else bias[tile]).float()
-            if ctx.cap:
-                logits = ctx.cap * torch.tanh(logits / ctx.cap)
-            place = targets - start
-            inside = (0 <= place) & (place < logits.shape[1])
-            yield tile, logits, place.clamp(0, logits.shape[1] - 1)[:, None], inside
+@torch.no_grad()
+def batched_logps(model, tokens, prompt_lens, completion_lens, temperature, budget):
+    """`token_logps` of any number of rows, `budget` tokens at a time, half of it when memory is short; on the CPU."""
+    lens, logps = (prompt_lens + completion_lens).tolist(), [None] * len(prompt_lens)
+    rows = tokens.split(lens)
+    try:
+        for index in split(lens, budget):
+            inputs = torch.cat([rows[i] for i in index]), prompt_lens[index], completion_lens[index]
+            answer = token_logps(model, *(tensor.to(model.device) for tensor in inputs), temperature).cpu()
+            for i, row_logps in zip(index, answer.split(completion_lens[index].tolist())):
+                logps[i] = row_logps
+        return torch.cat(logps)
+    except torch.OutOfMemoryError:
+        if budget <= max(lens):
+            raise
+    return batched_logps(model, tokens, prompt_lens, completion_lens, temperature, min(budget, sum(lens)) // 2)

@@ -1,15 +1,17 @@
-"""The trainer's side of the reference model: its log-probs from `ref_server.py`, and its renewal, on both sides.
+"""The trainer's side of the reference model: its log-probs from `ref_server.py`, and its renewal.
 
-Every exchange has a limit in time, says what it waits for, and goes to another server of the list when one is silent.
+Every exchange has a time limit and goes to another server of the list when one is silent; an error says what the
+trainer was waiting for.
 
-Iterative GRPO (DeepSeekMath, Algorithm 1): now and then the reference becomes the policy, or mixes with it.
-`write_reference` puts the new one into a file, and `send` brings it to the servers. A request for log-probs names the
-reference that it is for; a server with another one, because it was killed and started again, is sent the file again.
+Iterative GRPO (DeepSeekMath, Algorithm 1): now and then the reference becomes the policy, or mixes with it. The new
+weights are written into a file and sent to the servers. A request for log-probs names the reference that it is for;
+a server that holds another one, because it was restarted, is sent the file again.
 """
 import itertools
 import os
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlencode
@@ -21,28 +23,80 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 
 from grpo.checkpoint import merged
+from grpo.metrics import Metrics
+from grpo.policy import token_logps
+from grpo.types import Group, MicroBatch, Sample, in_batches, pack
 
-turn = itertools.count(int(os.environ.get("RANK", 0)))  # whose turn it is among the servers
-silent_until = {}  # those that did not answer are left alone for a while
+turn = itertools.count(int(os.environ.get("RANK", 0)))  # which server is next
+silent_until = {}  # servers that did not answer are left out for a while
 sending = threading.Lock()
 
 
-class NoAnswer(SystemExit):
-    """From no server, in the time that there was."""
-
-
-class Reference(NamedTuple):
-    """Weights that servers are sent, instead of those that they were started with."""
+class Weights(NamedTuple):
+    """Weights that the servers are sent, in place of those that they were started with."""
     name: str  # another one each time
     file: Path  # safetensors, by the names of the model's parameters
+
+
+class Reference:
+    """Asks the servers (addresses with commas between) for log-probs at a temperature, in requests of some `tokens`."""
+
+    def __init__(self, servers: str, temperature: float, tokens: int):
+        self.servers, self.temperature, self.tokens = servers, temperature, tokens
+        self.threads, self.weights = ThreadPoolExecutor(8), None
+
+    def request(self, groups: list[Group]) -> None:
+        """From now on the servers work on the `ref_logps` of the groups' samples."""
+        for samples in in_batches([sample for group in groups for sample in group.samples], self.tokens):
+            for sample in samples:
+                sample.ref_logps = Future()
+            self.threads.submit(self.fill, samples)
+
+    def fill(self, samples: list[Sample]) -> None:
+        try:
+            answer = request_logps(self.servers, *pack(samples), self.temperature, self.weights)
+            for sample, logps in zip(samples, answer):
+                sample.ref_logps.set_result(logps)
+        except BaseException as error:  # for the main thread, SystemExit too
+            for sample in samples:
+                sample.ref_logps.set_exception(error)
+
+    def collect(self, batch: MicroBatch, metrics: Metrics) -> None:
+        """Waits for the batch's `ref_logps` (C,). Those of samples that were never asked for do not matter."""
+        if batch.ref_logps is None:
+            metrics.lap("train")
+            answers = [one.ref_logps.result() if one.ref_logps else one.sampler_logps for one in batch.samples]
+            batch.ref_logps = torch.cat(answers).to(batch.tokens.device)
+            metrics.lap("ref_wait")
+
+    def renew(self, policy, folder: str, name: str, alpha: float, patience=300.0) -> None:
+        """Brings the next reference, called `name`, to the servers; by all processes together.
+
+        It is alpha * policy + (1 - alpha) * the one before, or with an `alpha` of 0 what the folder holds. SystemExit
+        if a server does not take it.
+        """
+        dist.barrier()  # every process has its answers of the reference before
+        self.weights = Weights(name, Path(folder) / "reference.safetensors")
+        with policy.gathered():
+            if dist.get_rank() == 0 and alpha:
+                write_reference(self.weights.file, merged(policy.model), alpha)
+        if dist.get_rank() == 0:
+            send(self.servers, self.weights, patience)
+        dist.barrier()
+
+
+class NoAnswer(SystemExit):
+    """No server answered in time."""
 
 
 # ------------------------------------------------------------------------------------------------- log-probs
 
 def ask(method: str, servers: str, path: str, patience: float, accept=200, body=None) -> requests.Response:
-    """One HTTP exchange with the next one of the servers (addresses with commas between) that answers, tried again for
-    `patience` seconds: its answer, if it is 200 or `accept`, with its address as `server`. SystemExit says what is
-    wrong."""
+    """One HTTP exchange with the next of the servers that answers, tried for `patience` seconds.
+
+    Returns the response, with the server's address as `server`, if its status is 200 or `accept`. SystemExit says what
+    is wrong.
+    """
     headers = {"Authorization": f"Bearer {os.environ.get('REF_TOKEN', '')}"}
     start = now = time.monotonic()
     while now < start + patience:
@@ -51,7 +105,7 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, body=
         limits = 5, max(1, (start + patience - now) / len(urls))  # seconds to connect, and between two bytes
         try:
             with requests.Session() as session:
-                session.trust_env = False  # a proxy for the internet is nothing for these servers
+                session.trust_env = False  # no proxy of the environment
                 answer = session.request(method, url + path, data=body, headers=headers, timeout=limits,
                                          allow_redirects=False)
         except requests.RequestException as error:
@@ -74,19 +128,19 @@ def said(answer: requests.Response) -> str:
     return answer.content.decode(errors="replace").strip()
 
 
-def request_logps(servers: str, tokens, prompt_lens, completion_lens, temperature, reference: Reference | None = None,
-                  patience=300.0) -> tuple[torch.Tensor, ...]:
+def request_logps(servers: str, tokens, prompt_lens, completion_lens, temperature,
+                  weights: Weights | None = None, patience=300.0) -> tuple[torch.Tensor, ...]:
     """The reference log-probs of packed rows (see `token_logps`), one float32 tensor a row, from the next of the
     servers (addresses with commas between)."""
     rows = {"tokens": tokens, "prompt_lens": prompt_lens, "completion_lens": completion_lens}
     body = save({name: tensor.to("cpu", torch.int32) for name, tensor in rows.items()})
-    query = urlencode({"temperature": temperature, "reference": reference.name if reference else ""})
+    query = urlencode({"temperature": temperature, "reference": weights.name if weights else ""})
     for _ in range(5):
-        answer = ask("POST", servers, f"/logps?{query}", patience, 409 if reference else 200, body)
+        answer = ask("POST", servers, f"/logps?{query}", patience, 409 if weights else 200, body)
         if answer.status_code == 200:
-            return load(answer.content)["logps"].split(completion_lens.tolist())
-        send(answer.server, reference)
-    raise SystemExit(f"five times, instead of {reference.name}: {said(answer)}")
+            return load(answer.content)["logps"].split(completion_lens.tolist())  # eq. 4: log pi_ref
+        send(answer.server, weights)
+    raise SystemExit(f"five times, instead of {weights.name}: {said(answer)}")
 
 
 def check_servers(servers: str, model, name: str, ids: list[int]) -> None:
@@ -109,34 +163,17 @@ def check_server(url: str, model, name: str, ids: list[int]) -> None:
     if health["dtype"] != (dtype := str(model.dtype).removeprefix("torch.")):
         print(f"the reference server at {url} computes in {health['dtype']}, the policy in {dtype}: the KL starts "
               "above 0 (set DTYPE for one of them)", flush=True)
-    tokens, difference = torch.tensor(ids, device=model.device), float("inf")
+    row = [torch.tensor(numbers, device=model.device) for numbers in (ids, [1], [len(ids) - 1])]
+    difference = float("inf")
     if health["vocab_size"] == model.config.get_text_config().vocab_size:
-        theirs = request_logps(url, tokens, torch.tensor([1]), torch.tensor([len(ids) - 1]), 1.0)[0]
-        ours = model(tokens[None]).logits[0, :-1].float().log_softmax(-1).gather(1, tokens[1:, None])[:, 0].cpu()
-        difference = (ours - theirs).abs().mean()
+        theirs = request_logps(url, *row, 1.0)[0]
+        difference = (token_logps(model, *row).cpu() - theirs).abs().mean()
     if not difference < 0.1:  # bfloat16 rounds by less, another model differs by more
         raise SystemExit(f"the reference server at {url} holds {health['model']}, which is not the policy's model: "
                          f"start it with python ref_server.py MODEL={name}")
 
 
-# ------------------------------------------------------------------------------------------------- another reference
-
-def renew_reference(servers: str, folder: str, model, gathered, name: str, alpha: float, patience=300.0) -> Reference:
-    """Brings the next reference, called `name`, to the servers when every process has the answers of the one before it.
-
-    By all processes together. Within `gathered()` the parameters of `model` are whole. With an `alpha` of 0 it is what
-    the folder holds. SystemExit if a server does not take it.
-    """
-    reference = Reference(name, Path(folder) / "reference.safetensors")
-    dist.barrier()
-    with gathered():
-        if dist.get_rank() == 0 and alpha:
-            write_reference(reference.file, merged(model), alpha)
-    if dist.get_rank() == 0:
-        send(servers, reference, patience)
-    dist.barrier()
-    return reference
-
+# ------------------------------------------------------------------------------------------------- other weights
 
 def write_reference(file: Path, model, alpha: float) -> None:
     """The next reference, alpha * model + (1 - alpha) * what is in the file; if alpha is 1 just the model's weights.
@@ -155,20 +192,20 @@ def write_reference(file: Path, model, alpha: float) -> None:
         raise SystemExit(f"cannot write {file}: {error}") from error
 
 
-def send(servers: str, reference: Reference, patience=300.0, bytes_at_once: int = 2**20) -> None:
+def send(servers: str, weights: Weights, patience=300.0, bytes_at_once: int = 2**20) -> None:
     """Brings the weights to every one of the servers. SystemExit if one does not take them, or does not answer for
     `patience` seconds."""
     for url in servers.split(","):
-        with sending, open(reference.file, "rb") as file:
+        with sending, open(weights.file, "rb") as file:
             size, start, restarts = os.fstat(file.fileno()).st_size, 0, 0
             there = ask("GET", url, "/health", patience).json()["reference"]
-            while there != reference.name and start < size:
+            while there != weights.name and start < size:
                 file.seek(start)
                 piece = file.read(bytes_at_once)
-                answer = ask("PUT", url, f"/weights/{reference.name}?{urlencode({'start': start, 'size': size})}",
+                answer = ask("PUT", url, f"/weights/{weights.name}?{urlencode({'start': start, 'size': size})}",
                              patience, 409, piece)
                 start += len(piece)
                 if answer.status_code == 409:  # the server was killed meanwhile and does not have the beginning
                     start, restarts = 0, restarts + 1
                 if restarts > 10:
-                    raise SystemExit(f"{url} does not take the reference {reference.name}: {said(answer)}")
+                    raise SystemExit(f"{url} does not take the reference {weights.name}: {said(answer)}")

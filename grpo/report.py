@@ -1,4 +1,4 @@
-"""What a run tells: its .jsonl files, the progress bar's line, the table before and after, the picture, the model card.
+"""What a run writes and shows: .jsonl files, the progress bar, the table before and after, the picture, a model card.
 
     python -m grpo.report runs/arithmetic            # table and reward.png, also while the run goes on
     python -m grpo.report runs/arithmetic runs/other # another run's curves for comparison
@@ -6,18 +6,17 @@
 import json
 import os
 import re
-import resource
 import sys
-import time
-from collections import Counter
-from contextlib import contextmanager
-from math import inf, nan
+from math import inf
 from pathlib import Path
 
-import torch
+import torch.distributed as dist
+from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
+from tqdm import tqdm
 
-OF_TOKENS = ("kl", "entropy", "clip_low_frac", "clip_high_frac", "clip_region_frac")
-SUMS = ("loss", "completion_tokens_total", "advantage_zero_groups", "skipped_updates", "stop")
+from grpo.constants import require
+from grpo.types import Group
+
 PANELS = {
     "reward (mean of the step)": ["reward"],
     "held-out accuracy (greedy)": ["eval_accuracy"],
@@ -36,30 +35,42 @@ TABLE = {
 }
 
 
-@contextmanager
-def timed(seconds: Counter, name: str, wait=True):
-    """Adds the seconds that the block takes to `seconds[name]`, until the accelerator has done its work, if `wait`."""
-    start = time.perf_counter()
-    yield
-    if wait and torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    seconds[name] += time.perf_counter() - start
+class Log:
+    """What the first process tells about a run, step by step: the .jsonl files, the trackers, the progress bar."""
+
+    def __init__(self, folder: str, monitor, last: int, steps: int):
+        self.folder, self.monitor, self.silent = folder, monitor, dist.get_rank() > 0
+        self.progress = tqdm(desc="GRPO", initial=last, total=steps, disable=self.silent)
+
+    def write(self, row: dict, group: Group | None = None, rewards=()) -> None:
+        """A row of metrics.jsonl, the same for the trackers, and a group's completions."""
+        if self.silent:
+            return
+        write(self.folder, "metrics", [row])
+        self.monitor.write_events([(name, value, row["step"]) for name, value in row.items() if name != "step"])
+        if group:
+            write(self.folder, "completions", [
+                {"step": row["step"], "prompt": group.prompt.text, "completion": one.text,
+                 "advantage": one.advantages.mean().item(),
+                 **{function.__name__: value for function, value in zip(rewards, one.rewards)}}
+                for one in group.samples])
+            self.progress.set_postfix_str(one_line(row), refresh=False)
+            self.progress.update()
+
+    def close(self) -> None:
+        self.progress.close()
+        if not self.silent:
+            show(self.folder)
 
 
-def peak_memory_mb() -> float:
-    """Of this process since its start: the allocator's peak on an accelerator, resident memory on a CPU."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def means(sums: dict[str, float], completions: int) -> dict[str, float]:
-    """Means over all completions; of a reward function over those that it applies to, as many as "count ..." says; over
-    as many tokens as were trained on; and what stays a sum."""
-    divisors = dict.fromkeys(SUMS, 1) | dict.fromkeys(OF_TOKENS, max(1, sums.get("count tokens", 0)))
-    divisors |= {name.removeprefix("count "): count or nan for name, count in sums.items() if name.startswith("count ")}
-    return {name: value / divisors.get(name, completions)
-            for name, value in sums.items() if not name.startswith("count ")}
+def trackers(names: list[str], folder: str) -> dict:
+    """DeepSpeed's settings for TRACKERS. SystemExit at an unknown one."""
+    known = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
+    require(known.keys() >= set(names), f"TRACKERS={','.join(names)}: expected csv, tensorboard, wandb")
+    place = {"output_path": folder}
+    settings = {"tensorboard": place | {"job_name": "tensorboard"}, "csv": place | {"job_name": "csv"},
+                "wandb": {"project": "grpo", "group": folder}}
+    return {known[name]: {"enabled": name in names, **settings[name]} for name in known}
 
 
 def write(folder: str, name: str, rows: list[dict]) -> None:
@@ -69,12 +80,6 @@ def write(folder: str, name: str, rows: list[dict]) -> None:
         for row in rows:
             numbers = {key: None if value in (inf, -inf) or value != value else value for key, value in row.items()}
             file.write(json.dumps(numbers) + "\n")
-
-
-def log(folder: str, metrics: dict, trackers) -> None:
-    """A row of metrics.jsonl, and the same for the trackers."""
-    write(folder, "metrics", [metrics])
-    trackers.write_events([(name, value, metrics["step"]) for name, value in metrics.items() if name != "step"])
 
 
 def one_line(metrics: dict) -> str:
@@ -129,30 +134,12 @@ def draw(runs: dict[str, list[dict]], path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-CARD = """---
-{front}
----
-
-# {model}, trained with GRPO
-
-{sentence}
-
-| | before | after |
-|---|---|---|
-{metrics}
-
-![Reward, held-out accuracy, completion length and KL to the reference, step by step](reward.png)
-
-```python
-from transformers import pipeline
-chat = pipeline("text-generation", model=".")  # this folder, or its name on the hub
-print(chat({messages}, max_new_tokens={tokens}))
-```
-
-| constant | value |
-|---|---|
-{constants}
-"""
+def template(name: str) -> Template:
+    """A file of this folder as a template of jinja2; what is put into HTML is escaped."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(),
+                              trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["plain"] = plain
+    return environment.get_template(name)
 
 
 def card(run: Path, folder: Path) -> None:
@@ -161,23 +148,16 @@ def card(run: Path, folder: Path) -> None:
     It holds nothing that differs between two runs of the same constants: no times, no memory.
     """
     constants, history = json.loads((run / "run.json").read_text()), read(run)
-    rows = before_and_after(history)
-    start, data = constants["MODEL"], constants["DATASET"]
+    start, data = constants["MODEL"], constants["DATASET"].split(":")[0]
     front = {"library_name": "transformers", "pipeline_tag": "text-generation",
              "tags": ["grpo", "reinforcement-learning"]}
     front |= {"base_model": start} if on_hub(start) else {}
-    front |= {"datasets": [data.split(":")[0]]} if on_hub(data.split(":")[0]) else {}
-    sentence = (f"{plain(start)} after {history[-1]['step']} steps of GRPO (Group Relative Policy Optimization, "
-                f"[arXiv 2402.03300](https://arxiv.org/abs/2402.03300)) on {plain(data)}, with the rewards "
-                f"{plain(constants['REWARDS'])}.")
+    front |= {"datasets": [data]} if on_hub(data) else {}
     messages = [{"role": "system", "content": constants["SYSTEM_PROMPT"]},
                 {"role": "user", "content": "What is 2 + 3?"}]
-    (folder / "README.md").write_text(CARD.format(
-        front="\n".join(f"{name}: {json.dumps(value)}" for name, value in front.items()),
-        model=plain(os.path.basename(start.rstrip("/"))), sentence=sentence,
-        metrics="\n".join(f"| {title} | {first:.3f} | {last:.3f} |" for title, first, last in rows),
-        messages=repr(messages), tokens=constants["MAX_COMPLETION_TOKENS"],
-        constants="\n".join(f"| `{name}` | {plain(value)} |" for name, value in constants.items())), encoding="utf-8")
+    (folder / "README.md").write_text(template("model_card.md").render(
+        front=front, name=os.path.basename(start.rstrip("/")), steps=history[-1]["step"], constants=constants,
+        rows=before_and_after(history), messages=messages), encoding="utf-8")
     draw({"": history}, folder / "reward.png")
 
 

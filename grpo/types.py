@@ -1,31 +1,99 @@
-"""What flows from the sampler to the update: completions, and the rows and micro-batches that are made of them."""
-from typing import NamedTuple
+"""What flows from the data set to the update: prompts, their samples in groups, and micro-batches of samples."""
+from bisect import bisect_left
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import torch
 
 
-class Completion(NamedTuple):
-    """What the policy answered: token ids, EOS included when it came."""
-    tokens: torch.Tensor  # (C,) int64, on the CPU
-    logps: torch.Tensor  # (C,) float32, under the policy at the sampling temperature
-    ended: bool  # with EOS; otherwise it was cut off at max_tokens
+@dataclass(eq=False)
+class Prompt:
+    """A row of a data set."""
+    ids: list[int]  # its tokens
+    text: str = ""  # what they say, in the chat template
+    columns: dict = field(default_factory=dict)  # the row's other columns, for the reward functions
+    number: int = 0  # the row's, from 1
 
 
-def pack(samples: list[dict]) -> list[torch.Tensor]:
-    """Samples as B ragged rows: tokens (N,), prompt_lens (B,), completion_lens (B,)."""
-    tokens = torch.cat([part for sample in samples for part in (sample["prompt"], sample["completion"])])
-    lens = torch.tensor([[len(sample["prompt"]), len(sample["completion"])] for sample in samples]).T
+@dataclass(eq=False)
+class Sample:
+    """A completion of a prompt: first what the sampler knows, then what is found out about it."""
+    prompt: Prompt
+    tokens: torch.Tensor  # (T,) int64 on the CPU, EOS included
+    sampler_logps: torch.Tensor  # (T,) float32, under the sampler at the sampling temperature
+    ended: bool  # with EOS; otherwise it was cut off
+    text: str = ""  # without EOS
+    rewards: list[float] = field(default_factory=list)  # by reward function; NaN: it does not apply
+    steps: list[list] = field(default_factory=list)  # by reward function [(end_token, reward), ...], if it judges steps
+    reward: float = 0.0  # the weighted sum of all reward functions
+    outcome: float = 0.0  # of those that do not judge steps
+    advantages: torch.Tensor | None = None  # (T,)
+    weight: float = 0.0  # of each token in the loss
+    ref_logps: Future | None = None  # of (T,) float32, from the reference server
+
+    def __len__(self) -> int:
+        return len(self.prompt.ids) + len(self.tokens)
+
+
+@dataclass(eq=False)
+class Group:
+    """All samples of a prompt."""
+    prompt: Prompt
+    samples: list[Sample]
+
+    def has_signal(self) -> bool:
+        """Whether the rewards of the outcomes, or of a function's steps, differ: equal ones give no advantage."""
+        outcomes = {sample.outcome for sample in self.samples}
+        functions = zip(*(sample.steps for sample in self.samples))
+        return len(outcomes) > 1 or any(len({reward for _, reward in sum(steps, [])}) > 1 for steps in functions)
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """B samples for one forward and backward pass, their C completion tokens one after the other."""
+    samples: list[Sample]
+    tokens: torch.Tensor  # (N,), every prompt followed by its completion, no padding
+    prompt_lens: torch.Tensor  # (B,)
+    completion_lens: torch.Tensor  # (B,)
+    advantages: torch.Tensor  # (C,)
+    weights: torch.Tensor  # (C,)
+    sampler_logps: torch.Tensor  # (C,)
+    old_logps: torch.Tensor | None = None  # (C,) under the policy that sampled, once they are known
+    ref_logps: torch.Tensor | None = None  # (C,) once they are there
+
+
+def pack(samples: list[Sample]) -> list[torch.Tensor]:
+    """Samples as ragged rows: tokens (N,), prompt_lens (B,), completion_lens (B,)."""
+    tokens = torch.cat([part for sample in samples for part in (torch.tensor(sample.prompt.ids), sample.tokens)])
+    lens = torch.tensor([[len(sample.prompt.ids), len(sample.tokens)] for sample in samples]).T
     return [tokens, *lens]
 
 
-def micro_batches(rows: list, budget: int) -> list[list]:
-    """Rows, each a dict with its `length`, in batches of similar length, longest first.
+def split(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices of rows of these lengths in batches of similar length, longest first: rows x longest <= budget tokens.
 
-    Rows x longest length is at most `budget`, but a longer row makes a batch by itself.
+    A row over the budget is a batch by itself.
     """
     batches = []
-    for row in sorted(rows, key=lambda row: -row["length"]):
-        if not batches or batches[-1][0]["length"] * (len(batches[-1]) + 1) > budget:
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > budget:
             batches.append([])
-        batches[-1].append(row)
+        batches[-1].append(index)
     return batches
+
+
+def in_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
+    return [[samples[index] for index in batch] for batch in split([len(sample) for sample in samples], budget)]
+
+
+def micro_batch(samples: list[Sample], device) -> MicroBatch:
+    weights = [torch.full_like(sample.advantages, sample.weight) for sample in samples]
+    parts = [sample.advantages for sample in samples], weights, [sample.sampler_logps for sample in samples]
+    return MicroBatch(samples, *(tensor.to(device) for tensor in [*pack(samples), *map(torch.cat, parts)]))
+
+
+def tokens_until(tokenizer, tokens, characters: int) -> int:
+    """How many of the tokens it takes to write so many characters."""
+    def written(count):
+        return len(tokenizer.decode(tokens[:count]))
+    return bisect_left(range(len(tokens)), characters, key=written)  # section 4.1.3: index(j)

@@ -88,6 +88,14 @@ def rows(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
+def alone():
+    """This process as the only one of a run."""
+    from grpo import distributed
+
+    return distributed.start()
+
+
+@pytest.fixture(scope="session")
 def few(tiny_folder, tmp_path_factory) -> list[str]:
     """Arguments for the untrained model and a handful of problems: enough to compare runs bit by bit."""
     path = tmp_path_factory.mktemp("few") / "data.jsonl"

@@ -9,9 +9,9 @@ import sys
 import deepspeed
 
 sys.path.insert(0, ".")
-from grpo import policy  # noqa: E402
+from grpo import head  # noqa: E402
 
-policy.LOGITS_PER_TILE = 2**14  # several tiles, as many as a process has tokens for
+head.LOGITS_PER_TILE = 2**14  # several tiles, as many as a process has tokens for
 initialize = deepspeed.initialize
 
 

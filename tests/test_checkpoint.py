@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_the_card_names_what_is_on_the_hub_and_only_that(tmp_path):
     assert report.on_hub("gpt2") and not any(map(report.on_hub, ["a/b/c", "/a/b", "train.jsonl", "tests", "", "a b"]))
 
 
-def test_a_card_that_fails_loses_no_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+def test_a_card_that_fails_loses_no_checkpoint(alone, tiny, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no more colours")
 
@@ -107,7 +108,8 @@ def test_a_card_that_fails_loses_no_checkpoint(tiny, tmp_path, monkeypatch, caps
         def save_checkpoint(self, folder, **_):
             Path(folder, "state").mkdir(parents=True)
 
-    checkpoint.save(Engine(), tiny[0], nullcontext, tiny[1], tmp_path, 1, 0, 0)
+    policy = SimpleNamespace(model=tiny[0], tokenizer=tiny[1], gathered=nullcontext)
+    checkpoint.save(Engine(), policy, tmp_path, 1, 0)
     assert checkpoint.complete(tmp_path) == [1] and (tmp_path / "step_1/model.safetensors").exists()
     assert "step_1: the model card is not whole: RuntimeError('no more colours')" in capsys.readouterr().out
 
@@ -124,34 +126,35 @@ def test_only_whole_rows_up_to_the_checkpoint_are_kept(tmp_path):
     assert path.read_text() == "" and list(tmp_path.iterdir()) == [path]
 
 
-def test_unfinished_checkpoints_do_not_count(tmp_path):
+def test_unfinished_checkpoints_do_not_count(alone, tmp_path):
     for name in "step_2", "step_10", "step_12.unfinished", "step_x":
         (tmp_path / name).mkdir()
     assert checkpoint.complete(tmp_path) == [2, 10]
-    assert checkpoint.begin(tmp_path, {"LR": 1.0, "lr": 2.0}, True) == 10
+    assert checkpoint.begin(tmp_path, {"LR": 1.0}, True)[0] == 10
     assert not (tmp_path / "step_12.unfinished").exists()
     assert json.loads((tmp_path / "run.json").read_text()) == {"LR": 1.0}
 
 
-def test_a_folder_with_another_run_is_refused(tmp_path):
-    assert checkpoint.begin(tmp_path, {"LR": 1.0, "STEPS": 5, "REWARDS": [rows]}, True) == 0
+def test_a_folder_with_another_run_is_refused(alone, tmp_path):
+    assert checkpoint.begin(tmp_path, {"LR": 1.0, "STEPS": 5, "REWARDS": [rows]}, True)[0] == 0
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     (tmp_path / "step_7").mkdir()
     with pytest.raises(SystemExit, match=r"holds another run: choose another \(LR=1.0 there\)"):
         checkpoint.begin(tmp_path, {"LR": 2.0, "STEPS": 5, "REWARDS": [rows]}, True)
     with pytest.raises(SystemExit, match="RESUME=True continues it"):
         checkpoint.begin(tmp_path, {"LR": 1.0, "STEPS": 5, "REWARDS": [rows]}, False)
-    assert checkpoint.begin(tmp_path, {"LR": 1.0, "STEPS": 9, "REWARDS": [rows]}, True) == 7
+    assert checkpoint.begin(tmp_path, {"LR": 1.0, "STEPS": 9, "REWARDS": [rows]}, True)[0] == 7
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(alone, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="OUTPUT_DIR=.*file/run cannot be written: .*Not a directory"):
         checkpoint.begin(f"{tmp_path}/file/run", {"LR": 1.0}, True)
     with pytest.raises(SystemExit, match="is not the folder of the first process"):
-        checkpoint.see(f"{tmp_path}/elsewhere")
+        monkeypatch.setattr(checkpoint, "prepare", lambda *_: 0)  # as on a machine that the first process is not on
+        checkpoint.begin(f"{tmp_path}/elsewhere", {}, True)
 
 
 def test_the_readme_says_what_may_change():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/reliability.md").read_text()
     assert all(f"`{name}`" in text for name in checkpoint.MAY_CHANGE if name != "DS_CONFIG")

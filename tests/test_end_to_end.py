@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo_train
 from conftest import rows
-from grpo.constants import check_constants
+from grpo import checkpoint, distributed
+from grpo.constants import override_constants
+from grpo.policy import Policy
+from grpo.report import trackers
 
 METRICS = set(
     """step reward reward_std reward/reward_correct reward/reward_format advantage_zero_groups kl loss entropy
@@ -225,30 +228,51 @@ def test_an_update_does_not_depend_on_how_it_is_split(launch, embedded, tmp_path
     [
         ({"PROMPTS_PER_STEP": 16}, 3, "PROMPTS_PER_STEP=16: cannot be shared equally by 3 processes"),
         ({"GROUP_SIZE": 1}, 1, "GROUP_SIZE=1"),
-        ({"TEMPERATURE": 0.0}, 1, "TEMPERATURE=0.0"),
-        ({"LOSS_TYPE": "ppo"}, 1, "LOSS_TYPE=ppo"),
-        ({"IMPORTANCE": "word"}, 1, "IMPORTANCE=word"),
-        ({"ADVANTAGE_SCALE": "std"}, 1, "ADVANTAGE_SCALE=std"),
         ({"UPDATES_PER_BATCH": 0}, 1, "UPDATES_PER_BATCH=0"),
-        ({"ZERO_STAGE": 4}, 1, "ZERO_STAGE=4"),
         ({"REF_MIXUP_ALPHA": 1.5}, 1, "REF_MIXUP_ALPHA=1.5"),
         ({"REF_SYNC_EVERY": 5, "BETA": 0.0}, 1, "REF_SYNC_EVERY=5: with BETA=0"),
     ],
 )
-def test_bad_constants_are_refused_before_anything_is_loaded(constants, world, sentence):
-    check_constants(vars(grpo_train) | {"PROMPTS_PER_STEP": 12}, 3)  # the others are right
+def test_bad_constants_are_refused_before_anything_is_loaded(monkeypatch, constants, world, sentence):
+    def begin(*_):
+        raise AssertionError("nothing is wrong")
+
+    monkeypatch.setattr(distributed, "start", lambda: (0, world))
+    monkeypatch.setattr(checkpoint, "begin", begin)
+    for name, value in constants.items():
+        monkeypatch.setattr(grpo_train, name, value)
     with pytest.raises(SystemExit, match=sentence):
-        check_constants(vars(grpo_train) | constants, world)
+        grpo_train.main()
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "begin", begin)
+    monkeypatch.setattr(distributed, "start", lambda: (0, 4))
+    with pytest.raises(AssertionError, match="nothing is wrong"):
+        grpo_train.main()
+
+
+@pytest.mark.parametrize(
+    "word", ["LOSS_TYPE=ppo", "IMPORTANCE=word", "ADVANTAGE_SCALE=std", "ZERO_STAGE=4", "SAMPLER=hf"])
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(word):
+    with pytest.raises(SystemExit, match=f"{word}: expected one of "):
+        override_constants("grpo_train", [word])
+
+
+def test_a_temperature_of_zero_and_an_unknown_tracker_are_refused():
+    with pytest.raises(SystemExit, match="TEMPERATURE=0.0: sampling needs a positive one"):
+        Policy("nowhere", 9, temperature=0.0)
+    with pytest.raises(SystemExit, match="TRACKERS=wandb,comet: expected csv, tensorboard, wandb"):
+        trackers(["wandb", "comet"], "folder")
 
 
 COUNT_FORWARD_PASSES = """
 import sys, torch, grpo_train
-passes, load = [], grpo_train.load_model
+from grpo import policy
+passes, load = [], policy.load_model
 def load_and_count(*arguments):
     model, tokenizer = load(*arguments)
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     return model, tokenizer
-grpo_train.load_model = load_and_count
+policy.load_model = load_and_count
 vars(grpo_train).update(MODEL=sys.argv[1], DATASET=sys.argv[2], EVAL_EVERY=0, SAVE_EVERY=0, BETA=0, STEPS=1)
 vars(grpo_train).update(OUTPUT_DIR=sys.argv[3], GRADIENT_CHECKPOINTING=sys.argv[4] == "True")
 grpo_train.main()

@@ -139,7 +139,7 @@ def GRPO_step(policy, batch):
     calls.append(loss)
     return (loss * float("inf") if len(calls) in bad else loss, *rest)
 grpo_train.GRPO_step = GRPO_step
-constants.override_constants(vars(grpo_train), sys.argv[1:])
+constants.override_constants("grpo_train", sys.argv[1:])
 folder = grpo_train.OUTPUT_DIR
 for stage in stages:
     calls, grpo_train.OUTPUT_DIR = [], f"{folder}/{stage}"

@@ -29,7 +29,7 @@ def policy(embedded):
 def prompts(policy, embedded):
     """Of different lengths, so that there is padding."""
     found = load_prompts(str(embedded / "train.jsonl"), policy[1], arithmetic.SYSTEM_PROMPT, 128)[:16]
-    return [row["ids"][i % 7 :] for i, row in enumerate(found)]
+    return [row.ids[i % 7 :] for i, row in enumerate(found)]
 
 
 def completions_of(model, tokenizer, prompts, sampler):
@@ -53,7 +53,7 @@ def test_both_samplers_draw_the_same_completions_in_float32(policy, prompts):
     assert len({len(completion.tokens) for completion in eager}) > 4
     for one, other in zip(eager, graph, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist() and one.ended == other.ended
-        torch.testing.assert_close(one.logps, other.logps, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one.sampler_logps, other.sampler_logps, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("sampler", DECODERS)
@@ -62,7 +62,7 @@ def test_log_probs_in_bfloat16_are_right_to_its_rounding(policy, prompts, sample
     assert model.dtype == torch.bfloat16
     completions = completions_of(model, tokenizer, prompts, sampler)
     inputs = packed(prompts, completions)
-    drawn = torch.cat([completion.logps for completion in completions]).cuda()
+    drawn = torch.cat([completion.sampler_logps for completion in completions]).cuda()
     with torch.no_grad():
         trainer = token_logps(model, *inputs)
         exact = token_logps(copy.deepcopy(model).double(), *inputs)

@@ -28,7 +28,7 @@ def test_the_completions_are_those_of_the_other_sampler(tiny, monkeypatch, optio
     assert len(completions) == len(expected) == 48
     for ours, theirs in zip(completions, expected):
         assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.ended == theirs.ended
-        torch.testing.assert_close(ours.logps, theirs.logps, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.sampler_logps, theirs.sampler_logps, atol=1e-5, rtol=0)
     if options["stop"] is MANY and options["max_tokens"] > 1:
         assert len({len(completion.tokens) for completion in completions}) > 4 or not options.get("temperature", 1)
 

@@ -3,17 +3,18 @@
 import math
 import statistics
 import time
-from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 import grpo_train
-from grpo import distributed
-from grpo import report
-from grpo_train import GRPO_step, epoch_order, group_advantages, pack, set_advantages
+from grpo.data import pick
+from grpo.metrics import Metrics
 from grpo.policy import token_logps
-from grpo.types import micro_batches
+from grpo.types import Group, MicroBatch, Prompt, Sample, in_batches, micro_batch, split
+from grpo_train import GRPO_step, group_advantages, set_advantages, set_token_weights
+from rewards import score
 
 
 @pytest.fixture(autouse=True)
@@ -22,18 +23,26 @@ def constants(monkeypatch):
         monkeypatch.setattr(grpo_train, name, value)
 
 
-def make_batch(lens, advantages, completions_in_step, ref_logps):
-    rows = (
-        torch.zeros(sum(lens) + len(lens), dtype=torch.long),
-        torch.ones(len(lens), dtype=torch.long),
-        torch.tensor(lens),
-    )
-    return {
-        "rows": rows,
-        "advantage": torch.tensor(advantages).repeat_interleave(rows[2]),
-        "ref_logps": torch.tensor(ref_logps),
-        "weight": torch.tensor([1 / (n * completions_in_step) for n in lens]).repeat_interleave(rows[2]),
-    }
+def batch_of(lens, advantages, weights, ref, old, sampler) -> MicroBatch:
+    """A micro-batch for GRPO_step: a number for each completion, or for each token."""
+    lens = torch.tensor(lens)
+    advantages, weights = (torch.as_tensor(values).repeat_interleave(lens) for values in (advantages, weights))
+    return MicroBatch([], None, None, lens, advantages, weights, sampler, old, ref)
+
+
+def make_batch(lens, advantages, completions_in_step, ref_logps, sampler_logps=None):
+    weights = torch.tensor([1 / (n * completions_in_step) for n in lens])
+    sampler = torch.zeros(sum(lens)) if sampler_logps is None else torch.tensor(sampler_logps)
+    return batch_of(lens, advantages, weights, torch.tensor(ref_logps), None, sampler)
+
+
+def token_weights(lens, truncated=()) -> list[float]:
+    """By `set_token_weights`, for completions of these lengths."""
+    prompt = Prompt([1])
+    samples = [Sample(prompt, torch.zeros(n, dtype=torch.long), torch.zeros(n), i not in truncated)
+               for i, n in enumerate(lens)]
+    set_token_weights([Group(prompt, samples)])
+    return [sample.weight for sample in samples]
 
 
 def test_loss_and_gradient_are_those_of_the_paper():
@@ -50,29 +59,33 @@ def test_loss_and_gradient_are_those_of_the_paper():
             gradient.append(weight * (0.04 * (1 - math.exp(d)) - advantage))
             k += 1
     leaf = torch.tensor(logps, requires_grad=True)
-    ours, sums = GRPO_step(leaf, make_batch(lens, advantages, completions_in_step, ref_logps))
+    ours, found = GRPO_step(leaf, make_batch(lens, advantages, completions_in_step, ref_logps, logps))
     ours.backward()
     assert ours.item() == pytest.approx(loss, rel=1e-6)
     assert leaf.grad.tolist() == pytest.approx(gradient, rel=1e-5)
-    assert sums["count tokens"] == 8 and sums["clip_low_frac"] == sums["clip_high_frac"] == 0
-    assert sums["kl"] == pytest.approx(sum(math.exp(r - p) - (r - p) - 1 for r, p in zip(ref_logps, logps)), rel=1e-5)
-    assert sums["entropy"] == pytest.approx(-sum(logps), rel=1e-6)
+    assert not found["clip_low_frac"].any() and not found["clip_high_frac"].any()
+    kl = [math.exp(r - p) - (r - p) - 1 for r, p in zip(ref_logps, logps)]
+    assert found["kl"].tolist() == pytest.approx(kl, rel=1e-5, abs=1e-7)
+    assert found["entropy"].tolist() == pytest.approx([-logp for logp in logps], rel=1e-6)
 
 
 def test_kl_is_zero_and_the_ratio_one_before_the_first_update():
     leaf = torch.tensor([-0.5, -1.5], requires_grad=True)
-    loss, sums = GRPO_step(leaf, make_batch([2], [2.0], 1, leaf.tolist()))
-    assert sums["kl"] == 0.0
+    loss, found = GRPO_step(leaf, make_batch([2], [2.0], 1, leaf.tolist(), leaf.tolist()))
+    assert not found["kl"].any()
     assert loss.item() == -2.0  # minus ratio x advantage, and the ratio is exactly 1
 
 
-def test_a_filler_of_weight_zero_adds_nothing():
+def test_a_filler_of_weight_zero_adds_nothing(alone):
     leaf = torch.tensor([-0.5, -1.5], requires_grad=True)
-    batch = make_batch([2], [2.0], 1, [-3.0, -3.0])
-    loss, sums = GRPO_step(leaf, batch | {"weight": torch.zeros(2)})
+    batch = replace(make_batch([2], [2.0], 1, [-3.0, -3.0]), weights=torch.zeros(2))
+    loss, found = GRPO_step(leaf, batch)
     loss.backward()
-    assert not leaf.grad.any()
-    assert {name for name, value in sums.items() if value} == {"count sampler_ratio", "sampler_ratio"}
+    assert not leaf.grad.any() and not loss
+    metrics = Metrics()
+    metrics.add_tokens(found, batch.weights > 0)
+    assert not any(metrics.totals.values()) and not any(metrics.counts.values())
+    assert all(math.isnan(mean) for mean in metrics.reduced().values())  # no number, and no 0
 
 
 # ------------------------------------------------------------------------------------------------- the variants
@@ -119,7 +132,7 @@ def by_the_papers(logps, frozen, old, sampler, ref, loss_type, importance, beta,
 @pytest.mark.parametrize("beta, entropy, other_sampler", [(0.0, 0.0, False), (0.04, 0.0, True), (0.04, 0.1, False)])
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo"])
-def test_every_variant_is_the_one_of_its_paper(monkeypatch, loss_type, importance, beta, entropy, other_sampler):
+def test_every_variant_is_the_one_of_its_paper(alone, monkeypatch, loss_type, importance, beta, entropy, other_sampler):
     constants = {
         "LOSS_TYPE": loss_type, "IMPORTANCE": importance, "BETA": beta, "ENTROPY_BONUS": entropy, "CLIP_LOW": 0.2,
         "CLIP_HIGH": 0.3, "MAX_COMPLETION_TOKENS": LIMIT, "PROMPTS_PER_STEP": 2, "GROUP_SIZE": 4, "IS_CAP": 1.2,
@@ -128,17 +141,12 @@ def test_every_variant_is_the_one_of_its_paper(monkeypatch, loss_type, importanc
         monkeypatch.setattr(grpo_train, name, value)
     logps, old, ref = random_logps(7, 1.0), random_logps(2, 1.0), random_logps(3)
     sampler = random_logps(4, 1.0) if other_sampler else old
-    lens = torch.tensor(LENS)
-    weights = torch.tensor(grpo_train.token_weights(LENS, STEP_TOKENS), dtype=torch.float64)
-    batch = {
-        "rows": (None, None, lens),
-        "advantage": torch.tensor(ADVANTAGES, dtype=torch.float64).repeat_interleave(lens),
-        "weight": weights.repeat_interleave(lens),
-        "old_logps": torch.tensor(old, dtype=torch.float64),
-        "ref_logps": torch.tensor(ref, dtype=torch.float64),
-    } | ({"sampler_logps": torch.tensor(sampler, dtype=torch.float64)} if other_sampler else {})
+    elsewhere = [STEP_TOKENS - sum(LENS)]  # the tokens of the step's other completions
+    weights = torch.tensor(token_weights([*LENS, *elsewhere])[: len(LENS)], dtype=torch.float64)
+    tensors = (torch.tensor(values, dtype=torch.float64) for values in (ref, old, sampler))
+    batch = batch_of(LENS, torch.tensor(ADVANTAGES, dtype=torch.float64), weights, *tensors)
     leaf = torch.tensor(logps, dtype=torch.float64, requires_grad=True)
-    loss, sums = GRPO_step(leaf, batch)
+    loss, found = GRPO_step(leaf, batch)
     loss.backward()
     arguments = (logps, old, sampler, ref, loss_type, importance, beta, entropy)
     assert loss.item() == pytest.approx(by_the_papers(logps, *arguments), rel=1e-12)
@@ -156,14 +164,15 @@ def test_every_variant_is_the_one_of_its_paper(monkeypatch, loss_type, importanc
     advantages = [advantage for advantage, length in zip(ADVANTAGES, LENS) for _ in range(length)]
     low = sum(r < 0.8 and a < 0 for r, a in zip(ratios, advantages))
     high = sum(r > 1.3 and a > 0 for r, a in zip(ratios, advantages))
-    assert sums["sampler_ratio"] == pytest.approx(sum(math.exp(p - q) for p, q in zip(old, sampler)), rel=1e-12)
-    clipped = sums["clip_low_frac"], sums["clip_high_frac"], sums["clip_region_frac"]
+    sampler_ratio = [math.exp(p - q) for p, q in zip(old, sampler)]
+    assert found["sampler_ratio"].tolist() == pytest.approx(sampler_ratio, rel=1e-12)
+    clipped = tuple(found[f"clip_{name}_frac"].sum() for name in ("low", "high", "region"))
     assert clipped == (low, high, low + high) and (importance == "sequence" or low and high)
 
 
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo"])
-def test_every_variant_is_trls_on_the_same_tensors(monkeypatch, tiny_folder, tmp_path, loss_type, importance):
+def test_every_variant_is_trls_on_the_same_tensors(alone, monkeypatch, tiny_folder, tmp_path, loss_type, importance):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     clip_low = 1.0 if loss_type == "cispo" else 0.2  # TRL's cispo has no lower bound
     constants = {
@@ -202,12 +211,8 @@ def test_every_variant_is_trls_on_the_same_tensors(monkeypatch, tiny_folder, tmp
     }
     their_loss = trainer._compute_loss(trainer.model, inputs)
     their_loss.backward()
-    weights = torch.tensor(grpo_train.token_weights(LENS, sum(LENS)), dtype=torch.float64)
-    batch = {
-        "rows": (None, None, lens), "advantage": advantages.repeat_interleave(lens), "old_logps": old, "ref_logps": ref,
-        "weight": weights.repeat_interleave(lens),
-    }
-    our_loss = GRPO_step(ours, batch)[0]
+    weights = torch.tensor(token_weights(LENS), dtype=torch.float64)
+    our_loss = GRPO_step(ours, batch_of(LENS, advantages, weights, ref, old, old))[0]
     our_loss.backward()
     assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
     assert ours.grad.tolist() == pytest.approx(theirs.grad.tolist(), rel=1e-6, abs=1e-12)
@@ -220,8 +225,8 @@ def test_the_entropy_bonus_has_the_gradient_of_the_entropy(monkeypatch):
     logits = torch.tensor([0.3, -1.2, 2.0, 0.1], dtype=torch.float64, requires_grad=True)
     logps = logits.log_softmax(0)
     entropy = torch.autograd.grad(-(logps.exp() * logps).sum(), logits, retain_graph=True)[0]
-    batch = {"rows": (None, None, torch.ones(4, dtype=torch.long)), "advantage": torch.zeros(4)}
-    loss = GRPO_step(logps, batch | {"weight": logps.exp().detach()})[0]
+    batch = batch_of([1, 1, 1, 1], torch.zeros(4), logps.exp().detach(), None, None, logps.detach())
+    loss = GRPO_step(logps, batch)[0]
     assert torch.autograd.grad(-loss, logits)[0].tolist() == pytest.approx(entropy.tolist(), rel=1e-12)
 
 
@@ -230,24 +235,29 @@ def test_what_divides_the_advantages(monkeypatch, scale):
     monkeypatch.setattr(grpo_train, "ADVANTAGE_SCALE", scale)
     rewards = [[1.0, -1.0, -1.0, 2.25], [0.0, 0.0, 1.0, 0.5], [0.1, 0.1, 0.1, 0.1]]
     batch_std = statistics.stdev([reward for group in rewards for reward in group])
-    ours = group_advantages(torch.tensor(rewards, dtype=torch.float64), batch_std)
-    for group, row in zip(rewards, ours.tolist()):
+    ours = [group_advantages(group, batch_std if scale == "batch" else None).tolist() for group in rewards]
+    for group, row in zip(rewards, ours):
         divisor = {"group": statistics.stdev(group) + 1e-4, "batch": batch_std + 1e-4, "none": 1.0}[scale]
         assert row == pytest.approx([(r - statistics.mean(group)) / divisor for r in group], rel=1e-12, abs=1e-15)
-    assert not ours[2].any()
+    assert not any(ours[2])
+
+
+def test_the_batchs_deviation_is_that_of_all_processes_samples(alone):
+    values = [1.0, -1.0, -1.0, 2.25, 0.0, 0.5]
+    assert grpo_train.distributed.std(values) == pytest.approx(statistics.stdev(values), rel=1e-12)
 
 
 def test_advantages_use_the_sample_standard_deviation_of_the_group():
     rewards = [[1.0, -1.0, -1.0, 2.25], [0.0, 0.0, 1.0, 0.5]]
-    ours = group_advantages(torch.tensor(rewards, dtype=torch.float64))
-    for group, row in zip(rewards, ours.tolist()):
+    for group in rewards:
+        row = group_advantages(group).tolist()
         mean, std = statistics.mean(group), statistics.stdev(group)
         assert row == pytest.approx([(r - mean) / (std + 1e-4) for r in group], rel=1e-12)
 
 
 def test_equal_rewards_give_no_advantage_whatever_the_rounding():
-    assert not group_advantages(torch.full((3, 7), 0.1, dtype=torch.float64)).any()
-    assert not group_advantages(torch.full((3, 7), 0.1)).any()
+    for count in 1, 3, 7, 10:
+        assert group_advantages([0.1] * count).tolist() == [0.0] * count
 
 
 def test_process_supervision_gives_each_token_the_steps_that_end_at_or_after_it(tiny):
@@ -256,90 +266,105 @@ def test_process_supervision_gives_each_token_the_steps_that_end_at_or_after_it(
     texts = ["12+34=46, 5", "1+1=3", "77"]
     steps = [[(3, 1.0), (8, -0.5), (11, 2.0)], [(5, -1.0)], []]
     outcomes, weight = [1.0, 0.0, 0.5], 0.25
-    samples = [{"completion": torch.tensor(tokenizer(text).input_ids + [tokenizer.eos_token_id]), "outcome": outcome,
-                "steps": [its_steps]} for text, outcome, its_steps in zip(texts, outcomes, steps)]
-    set_advantages(samples, [weight], tokenizer, 1.0)
+    tokens = [torch.tensor(tokenizer(text).input_ids + [tokenizer.eos_token_id]) for text in texts]
+    samples = [Sample(Prompt([1]), ids, torch.zeros(len(ids)), True) for ids in tokens]
+
+    def judge_steps(completions, **columns):
+        assert completions == texts
+        return steps
+
+    def judge_outcomes(completions, **columns):
+        return outcomes
+
+    group, rewards = Group(samples[0].prompt, samples), {judge_steps: weight, judge_outcomes: 1.0}
+    score([group], rewards, tokenizer)
+    set_advantages([group], rewards)
 
     rewards = [reward for its_steps in steps for _, reward in its_steps]
     mean, std = statistics.mean(rewards), statistics.stdev(rewards)
     outcome_mean, outcome_std = statistics.mean(outcomes), statistics.stdev(outcomes)
     for sample, its_steps, outcome in zip(samples, steps, outcomes):
-        pieces = [tokenizer.decode([token]) for token in sample["completion"].tolist()]
+        pieces = [tokenizer.decode([token]) for token in sample.tokens.tolist()]
         expected, written = [], 0
         for piece in pieces:  # a token belongs to a step as long as it starts before the step's end
             later = sum((reward - mean) / (std + 1e-4) for end, reward in its_steps if end > written)
             expected.append((outcome - outcome_mean) / (outcome_std + 1e-4) + weight * later)
             written += len(piece)
-        assert sample["advantage"].tolist() == pytest.approx(expected, rel=1e-6)
+        assert sample.advantages.tolist() == pytest.approx(expected, rel=1e-6)
         assert expected[-1] == pytest.approx((outcome - outcome_mean) / (outcome_std + 1e-4))  # EOS ends no step
 
 
-def test_without_steps_every_token_has_the_advantage_of_its_completion(tiny):
-    samples = [{"completion": torch.zeros(n, dtype=torch.long), "outcome": outcome, "steps": [[]]}
+def test_without_steps_every_token_has_the_advantage_of_its_completion():
+    samples = [Sample(Prompt([1]), torch.zeros(n, dtype=torch.long), torch.zeros(n), True, outcome=outcome, steps=[[]])
                for n, outcome in ((1, 0.0), (3, 2.0))]
-    set_advantages(samples, [1.0], tiny[1], 1.0)
+    set_advantages([Group(samples[0].prompt, samples)], {len: 1.0})
     advantage = 1 / (math.sqrt(2) + 1e-4)
-    assert samples[0]["advantage"].tolist() == pytest.approx([-advantage])
-    assert samples[1]["advantage"].tolist() == pytest.approx([advantage] * 3)
+    assert samples[0].advantages.tolist() == pytest.approx([-advantage])
+    assert samples[1].advantages.tolist() == pytest.approx([advantage] * 3)
 
 
-def test_a_function_that_does_not_apply_is_left_out_of_the_mean():
-    sums = {"reward": 6.0, "reward/a": 3.0, "count reward/a": 2, "reward/b": 0.0, "count reward/b": 0}
-    means = report.means(sums, 4)
-    assert means["reward"] == 1.5 and means["reward/a"] == 1.5 and math.isnan(means["reward/b"])
-    assert means.keys() == {"reward", "reward/a", "reward/b"}
+def test_what_a_function_without_weight_says_of_steps_is_no_signal(tiny):
+    prompt, (_, tokenizer) = Prompt([1]), tiny
+    ids = torch.tensor(tokenizer("1+1=3").input_ids)
+    samples = [Sample(prompt, ids, torch.zeros(len(ids)), False) for _ in range(2)]
+
+    def steps(completions, **columns):
+        return [[(3, 1.0)], [(3, -1.0)]]
+
+    for weight in 0.0, 0.5:
+        group = Group(prompt, [replace(sample, rewards=[], steps=[]) for sample in samples])
+        score([group], {steps: weight}, tokenizer)
+        set_advantages([group], {steps: weight})
+        assert group.has_signal() == (weight > 0) == any(sample.advantages.any() for sample in group.samples)
 
 
-def test_the_samplers_ratio_is_a_mean_over_all_that_was_computed_and_no_0_without_a_signal(monkeypatch):
-    leaf = torch.tensor([-0.5, -1.5], requires_grad=True)
-    filler = make_batch([2], [2.0], 1, [-3.0, -3.0])
-    filler |= {"weight": torch.zeros(2), "sampler_logps": torch.tensor([-0.4, -1.5])}
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)  # alone
-    sums = report.means(distributed.reduce(GRPO_step(leaf, filler)[1]), 8)
-    assert sums["sampler_ratio"] == pytest.approx((math.exp(-0.1) + 1) / 2, rel=1e-6) and sums["kl"] == 0
+def test_a_mean_is_over_what_was_counted_and_without_a_count_it_is_a_sum(alone):
+    metrics = Metrics()
+    for total, count in (3.0, 2), (1.0, 6):
+        metrics.add("mean", total, count)
+        metrics.add("sum", total)
+    metrics.add("nothing", 0.0, 0)
+    metrics.add_tokens({"kl": torch.tensor([1.0, math.nan, 4.0])}, torch.tensor([True, False, True]))
+    found = metrics.reduced()
+    assert found["mean"] == 0.5 and found["sum"] == 4.0 and math.isnan(found["nothing"]) and found["kl"] == 2.5
 
 
 def test_timers_wait_for_the_accelerator(monkeypatch):
-    seconds = Counter()
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: time.sleep(0.05))
-    with report.timed(seconds, "train"):
-        pass
-    assert seconds["train"] >= 0.05
+    metrics = Metrics()
+    metrics.lap("sample")
+    metrics.lap("train", wait=True)
+    assert metrics.seconds["seconds_train"] >= 0.05 > metrics.seconds["seconds_sample"]
 
 
 def random_samples(tokenizer, count):
     generator = torch.Generator().manual_seed(1)
-    lens = torch.randint(1, 9, (count, 2), generator=generator).tolist()
-    return [
-        {
-            "prompt": torch.randint(len(tokenizer), (p,), generator=generator),
-            "advantage": torch.full((c,), float(i % 4) - 1.5),
-            "completion": torch.randint(len(tokenizer), (c,), generator=generator),
-            "length": p + c,
-            "weight": torch.full((c,), 1 / (c * count)),
-        }
-        for i, (p, c) in enumerate(lens)
-    ]
+    samples = []
+    for i, (p, c) in enumerate(torch.randint(1, 9, (count, 2), generator=generator).tolist()):
+        prompt = Prompt(torch.randint(len(tokenizer), (p,), generator=generator).tolist())
+        tokens = torch.randint(len(tokenizer), (c,), generator=generator)
+        samples.append(Sample(prompt, tokens, torch.zeros(c), True, weight=1 / (c * count),
+                              advantages=torch.full((c,), float(i % 4) - 1.5)))
+    return samples
 
 
-def gradients(model, batches):
+def gradients(model, batches, ref=-5.0):
     model.zero_grad()
     for samples in batches:
-        batch = {key: torch.cat([s[key] for s in samples]) for key in ("advantage", "weight")}
-        batch |= {"rows": pack(samples), "ref_logps": torch.cat([s["ref"] for s in samples])}
-        GRPO_step(token_logps(model, *batch["rows"]), batch)[0].backward()
+        batch = micro_batch(samples, "cpu")
+        logps = token_logps(model, batch.tokens, batch.prompt_lens, batch.completion_lens)
+        batch.ref_logps, batch.sampler_logps = torch.full_like(logps, ref), logps.detach()
+        GRPO_step(logps, batch)[0].backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def test_micro_batch_size_does_not_change_the_update(tiny):
     model, tokenizer = tiny
     samples = random_samples(tokenizer, 12)
-    for sample in samples:
-        sample["ref"] = torch.full((len(sample["completion"]),), -5.0)
     whole = gradients(model, [samples])
     for budget in 1, 20, 40:
-        batches = micro_batches(samples, budget)
+        batches = in_batches(samples, budget)
         assert len(batches) > 1 and sum(map(len, batches)) == 12
         parts = gradients(model, batches)
         assert (parts - whole).norm() < 1e-5 * whole.norm()
@@ -349,55 +374,62 @@ def test_dropping_a_group_without_signal_changes_nothing_but_its_kl(tiny, monkey
     monkeypatch.setattr(grpo_train, "BETA", 0.0)
     model, tokenizer = tiny
     samples = random_samples(tokenizer, 8)
-    for sample in samples:
-        sample["ref"] = torch.zeros(len(sample["completion"]))
     for sample in samples[:4]:
-        sample["advantage"] = torch.zeros(len(sample["completion"]))
+        sample.advantages = torch.zeros(len(sample.tokens))
     with_group, without = gradients(model, [samples]), gradients(model, [samples[4:]])
     assert (with_group - without).norm() < 1e-6 * without.norm()
 
 
-def test_equal_groups_are_trained_on_for_their_kl_if_that_is_wanted(monkeypatch):
+def test_equal_groups_are_trained_on_for_their_kl_if_that_is_wanted(alone, monkeypatch):
     # The paper's objective over two groups of two completions, one of them with equal rewards, term by term in float64.
     lens, ref = [3, 2, 4, 1], random_logps(3)[:10]
     logps, rewards = random_logps(7)[:10], [[1.0, 0.0], [0.5, 0.5]]
     monkeypatch.setattr(grpo_train, "PROMPTS_PER_STEP", 2)
     monkeypatch.setattr(grpo_train, "GROUP_SIZE", 2)
-    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64)).flatten()
-    weights = grpo_train.token_weights(lens, sum(lens))
-    whole = [{"advantage": advantage.repeat(n), "weight": torch.full((n,), weight, dtype=torch.float64),
-              "place": slice(sum(lens[:i]), sum(lens[: i + 1]))}
-             for i, (n, weight, advantage) in enumerate(zip(lens, weights, advantages))]
-    losses = {}
+    samples = [Sample(Prompt([1]), torch.arange(sum(lens[:i]), sum(lens[: i + 1])), torch.zeros(n), True,
+                      outcome=outcome, steps=[[]]) for i, (n, outcome) in enumerate(zip(lens, sum(rewards, [])))]
+    groups = [Group(samples[0].prompt, samples[:2]), Group(samples[2].prompt, samples[2:])]
+    set_advantages(groups, {len: 1.0})
+    set_token_weights(groups)
+    losses, parts = {}, [torch.tensor(values, dtype=torch.float64) for values in (logps, ref)]
     for drop in False, True:
         monkeypatch.setattr(grpo_train, "DROP_EQUAL_GROUPS", drop)
-        kept = grpo_train.trained([whole[:2], whole[2:]])
-        batch = {name: torch.cat([one[name] for one in kept]) for name in ("advantage", "weight")}
-        parts = [torch.tensor(values, dtype=torch.float64) for values in (logps, ref)]
-        ours, theirs = (torch.cat([part[one["place"]] for one in kept]) for part in parts)
-        lengths = torch.tensor([len(one["advantage"]) for one in kept])
-        losses[drop] = GRPO_step(ours, batch | {"rows": (None, None, lengths), "ref_logps": theirs})[0].item()
+        kept = [sample for group in grpo_train.teaching(groups) for sample in group.samples]
+        ours, theirs = (torch.cat([part[sample.tokens] for sample in kept]) for part in parts)
+        advantages = torch.tensor([sample.advantages[0] for sample in kept], dtype=torch.float64)
+        weights = torch.tensor([sample.weight for sample in kept], dtype=torch.float64)
+        batch = batch_of([len(sample.tokens) for sample in kept], advantages, weights, theirs, None, ours)
+        losses[drop] = GRPO_step(ours, batch)[0].item()
+    advantage = 0.5 / (math.sqrt(0.5) + 1e-4)
     expected, k = {False: 0.0, True: 0.0}, 0
-    for i, (n, advantage) in enumerate(zip(lens, advantages.tolist())):
+    for i, (n, advantage) in enumerate(zip(lens, [advantage, -advantage, 0.0, 0.0])):
         for t in range(k, k + n):
             d = ref[t] - logps[t]
             term = (0.04 * (math.exp(d) - d - 1) - advantage) / n / 4
             expected[False] += term
             expected[True] += term if i < 2 else 0
         k += n
-    assert losses == pytest.approx(expected, rel=1e-12) and losses[False] != losses[True]
+    assert losses == pytest.approx(expected, rel=1e-6) and losses[False] != losses[True]
+
+
+def test_a_completion_that_was_cut_off_weighs_nothing_with_mask_truncated(alone, monkeypatch):
+    monkeypatch.setattr(grpo_train, "LOSS_TYPE", "dapo")
+    assert token_weights([3, 2, 5], truncated=[2]) == [0.1] * 3
+    monkeypatch.setattr(grpo_train, "MASK_TRUNCATED", True)
+    assert token_weights([3, 2, 5], truncated=[2]) == [0.2, 0.2, 0.0]
 
 
 def test_micro_batches_keep_to_the_budget_and_lose_no_row():
-    rows = [{"length": n, "i": i} for i, n in enumerate([5, 90, 7, 30, 30, 1, 200])]
-    batches = micro_batches(rows, 100)
-    assert sorted(row["i"] for batch in batches for row in batch) == list(range(7))
+    lengths = [5, 90, 7, 30, 30, 1, 200]
+    batches = split(lengths, 100)
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(row["length"] for row in batch) <= 100
-    assert [row["length"] for row in batches[0]] == [200]  # the largest first, so that a lack of memory shows at once
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= 100
+    assert batches[0] == [6]  # the largest first, so that a lack of memory shows at once
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own():
-    first, second = epoch_order(0, 50), epoch_order(1, 50)
-    assert sorted(first) == sorted(second) == list(range(50))
-    assert first != second and first == epoch_order(0, 50)
+    prompts = [Prompt([number]) for number in range(50)]
+    first, second = ([pick(prompts, number, 0) for number in numbers] for numbers in (range(50), range(50, 100)))
+    assert set(first) == set(second) == set(prompts)
+    assert first != second and first == [pick(prompts, number, 0) for number in range(50)]

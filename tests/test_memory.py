@@ -5,8 +5,8 @@ import torch
 from conftest import ROOT, rows
 from safetensors.torch import load_file
 
-import grpo_train
-from grpo_train import fitting_tokens
+from grpo import policy
+from grpo.memory import fitting_tokens
 
 SHORT_OF_MEMORY = """
 import os, runpy, sys
@@ -59,40 +59,32 @@ def test_a_row_that_does_not_fit_is_one_sentence(launch, few, tmp_path, script):
 
 
 @pytest.mark.parametrize("limit, found", [(500, 500), (499, 250), (249, 125), (99, 61), (49, None)])
-def test_how_often_it_is_halved(tiny, monkeypatch, limit, found):
+def test_how_often_it_is_halved(alone, tiny_folder, monkeypatch, limit, found):
     def token_logps(model, tokens, *rest):
         if len(tokens) > limit:
             raise torch.OutOfMemoryError("injected")
         return plain(model, tokens, *rest)
 
-    plain = grpo_train.token_logps
-    monkeypatch.setattr(grpo_train, "token_logps", token_logps)
-    monkeypatch.setattr(grpo_train, "reduce", lambda values, operation: values)
-    monkeypatch.setattr(grpo_train, "MAX_COMPLETION_TOKENS", 30)
-    monkeypatch.setattr(grpo_train, "MICRO_BATCH_TOKENS", 500)
+    plain = policy.token_logps
+    monkeypatch.setattr(policy, "token_logps", token_logps)
     if found:
-        assert fitting_tokens(tiny[0], 20, 128, 1) == found
+        assert fitting_tokens(policy.Policy(tiny_folder, 50), 500, 20, 30, 128, 1) == found
     else:
         with pytest.raises(SystemExit, match="a row of 50 tokens does not fit into memory"):
-            fitting_tokens(tiny[0], 20, 128, 1)
+            fitting_tokens(policy.Policy(tiny_folder, 50), 500, 20, 30, 128, 1)
 
 
-def test_the_trial_is_as_large_as_a_micro_batch_can_be_and_leaves_nothing(tiny, monkeypatch):
-    model, sizes = tiny[0], []
-    model.zero_grad()
-    before = [parameter.clone() for parameter in model.parameters()]
-    plain = grpo_train.token_logps
-    monkeypatch.setattr(grpo_train, "token_logps", lambda model, tokens, *rest: sizes.append(
+def test_the_trial_is_as_large_as_a_micro_batch_can_be_and_leaves_nothing(alone, tiny_folder, monkeypatch):
+    tried, sizes = policy.Policy(tiny_folder, 50), []
+    before = [parameter.clone() for parameter in tried.model.parameters()]
+    plain = policy.token_logps
+    monkeypatch.setattr(policy, "token_logps", lambda model, tokens, *rest: sizes.append(
         [len(tokens), *map(len, rest[:2])]) or plain(model, tokens, *rest))
-    monkeypatch.setattr(grpo_train, "reduce", lambda values, operation: values)
-    monkeypatch.setattr(grpo_train, "MAX_COMPLETION_TOKENS", 30)
-    monkeypatch.setattr(grpo_train, "MICRO_BATCH_TOKENS", 500)
     random = torch.random.get_rng_state()
-    assert fitting_tokens(model, 20, 128, 1) == 500 and sizes == [[500, 10, 10]]
-    assert fitting_tokens(model, 20, 4, 1) == 500 and sizes[1] == [200, 4, 4]  # a step has no more
-    assert fitting_tokens(model, 600, 128, 1) == 500 and sizes[2] == [630, 1, 1]  # a longer row alone
-    monkeypatch.setattr(grpo_train, "ZERO_STAGE", 3)
-    assert fitting_tokens(model, 100, 128, 2) == 500 and sizes[3] == [500, 4, 4]  # 3.8 rows of 130: four of 125
-    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters()))
-    assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
+    assert fitting_tokens(tried, 500, 20, 30, 128, 1) == 500 and sizes == [[500, 10, 10]]
+    assert fitting_tokens(tried, 500, 20, 30, 4, 1) == 500 and sizes[1] == [200, 4, 4]  # a step has no more
+    assert fitting_tokens(tried, 500, 600, 30, 128, 1) == 500 and sizes[2] == [630, 1, 1]  # a longer row alone
+    assert fitting_tokens(tried, 500, 100, 30, 128, 3) == 500 and sizes[3] == [500, 4, 4]  # 3.8 rows: four of 125
+    assert all(torch.equal(one, other) for one, other in zip(before, tried.model.parameters()))
+    assert all(parameter.grad is None for parameter in tried.model.parameters()) and not tried.model.training
     assert torch.equal(random, torch.random.get_rng_state())

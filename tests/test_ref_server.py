@@ -20,14 +20,14 @@ from safetensors.torch import load, save
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fuzz_wire
-from grpo import policy
+from grpo import fused as fused_module, head
 import load as load_test
 import ref_server
 from grpo.attention import pack_attention
-from grpo.policy import fuse
-from grpo.reference import Reference, check_server, check_servers, request_logps, send, write_reference
+from grpo.fused import fuse
+from grpo.reference import Weights, check_server, check_servers, request_logps, send, write_reference
 from grpo.policy import token_logps
-from ref_server import batched_logps
+from grpo.policy import batched_logps
 
 SHAPE = dict(
     vocab_size=320,
@@ -116,7 +116,7 @@ def test_log_probs_are_those_of_plain_transformers(family):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_those_of_plain_transformers(family, tied, monkeypatch):
-    monkeypatch.setattr(policy, "LOGITS_PER_TILE", 1000)  # ten tiles
+    monkeypatch.setattr(head, "LOGITS_PER_TILE", 1000)  # ten tiles
     model, rows = make_model(family, tie_word_embeddings=tied), make_groups()
     weights = torch.linspace(-1, 2, rows[2].sum())
     pack_attention(model)
@@ -131,7 +131,8 @@ def test_gradients_are_those_of_plain_transformers(family, tied, monkeypatch):
 @pytest.mark.parametrize("family, compiled", [*((family, False) for family in FAMILIES), ("Qwen2", True)])
 def test_fused_operations_change_neither_values_nor_gradients(family, compiled, monkeypatch):
     if not compiled:  # the operations as they are written, without torch.compile
-        monkeypatch.setattr(policy, "compiled", lambda function: function)
+        for module in head, fused_module:
+            monkeypatch.setattr(module, "compiled", lambda function: function)
     fused, plain, rows = make_model(family), make_model(family), make_groups()
     with torch.no_grad():  # what a norm multiplies by must not be 1: some add 1 to it
         for ours, other in zip(fused.parameters(), plain.parameters()):
@@ -157,12 +158,12 @@ def test_the_heads_passes_on_a_gpu_are_those_of_softmax(cap):
     generator = torch.Generator().manual_seed(0)
     logits, scale = torch.randn(6, 50, generator=generator), 1.7
     place = torch.tensor([3, -1, 7, 49, 0, -1])  # -1: the target is in another tile
-    total = policy.compiled(policy.log_sum_exp)(logits, scale)
+    total = head.compiled(head.log_sum_exp)(logits, scale)
     exact = (scale * logits.double()).requires_grad_()
     torch.testing.assert_close(total.double(), exact.logsumexp(1).detach(), atol=1e-6, rtol=0)
     loss = exact.logsumexp(1).sum() - exact[range(6), place][place >= 0].sum()
     expected = torch.autograd.grad(loss, exact)[0] * (1 - (logits.double() / cap) ** 2 if cap else 1)
-    error = policy.compiled(policy.softmax_error)(logits, total, place, scale, cap, torch.float32)
+    error = head.compiled(head.softmax_error)(logits, total, place, scale, cap, torch.float32)
     torch.testing.assert_close(error.double(), expected, atol=1e-6, rtol=0)
 
 
@@ -218,7 +219,7 @@ def test_tiles_of_the_head_change_neither_values_nor_gradients(tiny, monkeypatch
     model, _ = tiny
     results = []
     for logits_per_tile in 2**24, 1000:
-        monkeypatch.setattr(policy, "LOGITS_PER_TILE", logits_per_tile)
+        monkeypatch.setattr(head, "LOGITS_PER_TILE", logits_per_tile)
         model.zero_grad()
         logps = token_logps(model, *make_rows())
         (logps * torch.arange(19.0)).sum().backward()
@@ -456,16 +457,16 @@ def test_a_new_reference_is_taken_over_whole_or_not_at_all(launch, tiny, tiny_fo
 
     start = time.monotonic()
     with pytest.raises(SystemExit, match="no answer from a reference server at http://127.0.0.1:9/health in 1 s"):
-        send(f"http://127.0.0.1:9,{url}", Reference("new", file), patience=1)
+        send(f"http://127.0.0.1:9,{url}", Weights("new", file), patience=1)
     assert time.monotonic() - start < 5
-    send(url, Reference("new", file), bytes_at_once=1000_000)
+    send(url, Weights("new", file), bytes_at_once=1000_000)
     with pytest.raises(SystemExit, match="409: the reference here is new"):
         request_logps(url, *rows, 1.0)
-    answer = torch.cat(request_logps(url, *rows, 1.0, Reference("new", file)))
+    answer = torch.cat(request_logps(url, *rows, 1.0, Weights("new", file)))
     assert torch.equal(answer, batched_logps(other, *rows, 1.0, 16384))
     # it is asked for one that it does not have, and is sent it
     write_reference(file, tiny[0], alpha=1)
-    answer = torch.cat(request_logps(url, *rows, 1.0, Reference("old", file)))
+    answer = torch.cat(request_logps(url, *rows, 1.0, Weights("old", file)))
     assert torch.equal(answer, batched_logps(tiny[0], *rows, 1.0, 16384))
 
 

@@ -3,6 +3,9 @@
 import copy
 import json
 import random
+import sys
+import types
+from typing import Literal
 
 import arithmetic
 import pytest
@@ -13,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, Ll
 from grpo.sampling import graph as graph_sampler
 from grpo.sampling import transformers as sampler
 from grpo.policy import token_logps
-from grpo.constants import override_constants
+from grpo.constants import constants_of, override_constants
 from grpo.attention import pack_attention
-from grpo.sampling.transformers import recorded
 from grpo.data import load_prompts
 from grpo.policy import load_model, stop_ids
-from grpo.sampling.transformers import draw, in_order, rollouts, sample
+from grpo.sampling.script import recorded
+from grpo.sampling.transformers import draw, rollouts, sample
+from grpo.types import Prompt
 from test_ref_server import SHAPE, expected_logps, make_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18, 19]]
@@ -42,7 +46,8 @@ def test_log_probs_are_those_of_the_sampled_tokens_at_the_temperature(tiny, temp
         prompt = torch.tensor(PROMPTS[i // 16])
         row = torch.cat([prompt, completion.tokens])
         lens = torch.tensor([len(prompt)]), torch.tensor([len(completion.tokens)])
-        torch.testing.assert_close(completion.logps, token_logps(model, row, *lens, temperature), atol=1e-4, rtol=0)
+        expected = token_logps(model, row, *lens, temperature)
+        torch.testing.assert_close(completion.sampler_logps, expected, atol=1e-4, rtol=0)
         assert completion.ended == (completion.tokens[-1].item() in stop)
         assert completion.ended or len(completion.tokens) == 24
         assert not set(completion.tokens[:-1].tolist()) & set(stop)
@@ -53,7 +58,7 @@ def largest_difference(model, completions, group_size):
     lens = [[len(PROMPTS[i // group_size]), len(completion.tokens)] for i, completion in enumerate(completions)]
     tokens = [torch.cat([torch.tensor(PROMPTS[i // group_size]), c.tokens]) for i, c in enumerate(completions)]
     expected = expected_logps(model, torch.cat(tokens), *torch.tensor(lens).T, 1.0)
-    return (torch.cat([completion.logps for completion in completions]) - expected).abs().max()
+    return (torch.cat([completion.sampler_logps for completion in completions]) - expected).abs().max()
 
 
 def test_a_recorded_step_serves_other_numbers_of_rows_and_tokens_and_new_weights():
@@ -69,7 +74,7 @@ def test_a_recorded_step_serves_other_numbers_of_rows_and_tokens_and_new_weights
     assert recorded[model] is not None
     recorded[model] = None
     without = sample(model, PROMPTS, 4, max_tokens=40, stop=[0], seeds=[1, 2, 3])
-    assert all(torch.equal(one.logps, other.logps) for one, other in zip(with_it, without))
+    assert all(torch.equal(one.sampler_logps, other.sampler_logps) for one, other in zip(with_it, without))
 
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
@@ -91,7 +96,7 @@ def test_eos_counts_when_pad_is_eos(tiny):
     completions = sample(model, PROMPTS, 8, max_tokens=30, stop=list(range(0, 320, 4)), seeds=[1, 2, 3])
     model.config.pad_token_id = before
     ended = [completion for completion in completions if completion.ended]
-    assert ended and all(c.tokens[-1] % 4 == 0 and len(c.logps) == len(c.tokens) for c in ended)
+    assert ended and all(c.tokens[-1] % 4 == 0 and len(c.sampler_logps) == len(c.tokens) for c in ended)
 
 
 def test_a_prompt_has_the_same_completions_in_any_batch(tiny):
@@ -117,14 +122,15 @@ def test_finished_groups_are_passed_on_while_others_are_being_written(tiny, monk
     monkeypatch.setattr(module, "BLOCK", 3)
     monkeypatch.setattr(module, "draw", lambda *arguments: tokens.append(1) or draw(*arguments))
     options = {"max_tokens": 40, "stop": list(range(0, 320, 10)), "seeds": range(12)}
-    for groups in rollouts(tiny[0], PROMPTS * 4, 2, **options, decoder=module.decode):
+    prompts = [Prompt(ids) for ids in PROMPTS * 4]
+    for groups in rollouts(tiny[0], prompts, 2, **options, decoder=module.decode):
         told.append((len(tokens), groups))
-    completions = in_order(groups for _, groups in told)
-    assert len(told) > 4 and sorted(place for _, groups in told for place in groups) == list(range(12))
+    given = [id(group.prompt) for _, groups in told for group in groups]
+    assert len(told) > 4 and sorted(given) == sorted(map(id, prompts))
     for written, groups in told:
-        for place, group in groups.items():
-            assert all(one is other for one, other in zip(group, completions[2 * place : 2 * place + 2], strict=True))
-            longest = max(len(completion.tokens) for completion in group)
+        for group in groups:
+            assert len(group.samples) == 2 and all(one.prompt is group.prompt for one in group.samples)
+            longest = max(len(sample.tokens) for sample in group.samples)
             assert written - 3 < longest <= written  # not before all of the group, and soon after
 
 
@@ -178,12 +184,12 @@ def test_prompts_come_from_questions_strings_and_messages(tiny, tmp_path):
     verbatim, chat = load_prompts(
         write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows))), tokenizer, "Think.", 99
     )
-    assert verbatim["text"] == "as it is" and tokenizer.decode(verbatim["ids"]) == "as it is"
-    assert chat["text"] == "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    assert verbatim.text == "as it is" and tokenizer.decode(verbatim.ids) == "as it is"
+    assert chat.text == "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
     question = '{"question": "What is 1 + 1?", "answer": "2", "level": 3}'
     [row] = load_prompts(write(tmp_path / "q.jsonl", question), tokenizer, "Think.", 99)
-    assert row["text"] == "<|im_start|>system\nThink.<|im_end|>\n" + chat["text"]
-    assert row["columns"] == {"answer": "2", "level": 3}
+    assert row.text == "<|im_start|>system\nThink.<|im_end|>\n" + chat.text
+    assert row.columns == {"answer": "2", "level": 3}
 
 
 @pytest.mark.parametrize(
@@ -218,11 +224,18 @@ def test_a_missing_model_is_one_sentence():
         load_model("nowhere/at/all")
 
 
-def test_constants_from_the_command_line():
-    constants = {"STEPS": 1, "LR": 0.5, "ON": False, "MODEL": "a", "REWARDS": [len], "lower": 1}
-    override_constants(constants, ["--local_rank=0", "STEPS=7", "LR=1", "ON=True", "MODEL=x=y", "REWARDS=f,m:g"])
-    assert constants == {"STEPS": 7, "LR": 1.0, "ON": True, "MODEL": "x=y", "REWARDS": ["f", "m:g"], "lower": 1}
+def test_constants_from_the_command_line(monkeypatch):
+    script = types.ModuleType("script")
+    monkeypatch.setitem(sys.modules, "script", script)
+    vars(script).update(STEPS=1, LR=0.5, ON=False, MODEL="a", REWARDS=[len], KIND="a", lower=1)
+    script.__annotations__ = {"KIND": Literal["a", "b"]}
+    words = ["--local_rank=0", "STEPS=7", "LR=1", "ON=True", "MODEL=x=y", "REWARDS=f,m:g", "KIND=b"]
+    override_constants("script", words)
+    assert constants_of("script") == {"STEPS": 7, "LR": 1.0, "ON": True, "MODEL": "x=y", "REWARDS": ["f", "m:g"],
+                                      "KIND": "b"}
+    assert script.lower == 1
     for argument, sentence in [
+        ("KIND=c", "KIND=c: expected one of a, b"),
         ("STEP=1", "unknown constant 'STEP=1'.*STEPS"),
         ("STEPS=1.5", "expected int"),
         ("LR=fast", "expected float"),
@@ -230,7 +243,8 @@ def test_constants_from_the_command_line():
         ("lower=1", "unknown"),
     ]:
         with pytest.raises(SystemExit, match=sentence):
-            override_constants(dict(constants), [argument])
+            override_constants("script", [argument])
+        assert script.STEPS == 7 and script.KIND == "b"
 
 
 @pytest.mark.parametrize("vocabulary", [7, 1009, 5000, 151_936])  # a block of all, of one, several blocks
@@ -261,7 +275,7 @@ def test_more_tokens_than_the_cache_has_room_for(tiny):
     for completion, row in zip(sample(model, PROMPTS, 2, **options), rows):
         lens = torch.tensor([len(row) - 150]), torch.tensor([150])
         logps = token_logps(plain_model, torch.tensor(row), *lens)
-        torch.testing.assert_close(completion.logps, logps, atol=1e-4, rtol=0)
+        torch.testing.assert_close(completion.sampler_logps, logps, atol=1e-4, rtol=0)
 
 
 def make_family_tokenizer(family):
@@ -304,7 +318,7 @@ def test_families_of_models_are_sampled_as_transformers_does(family, tmp_path):
         assert completion.tokens.tolist() == row[len(prompt) :].tolist()
         logps = plain(row[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, row[len(prompt) :, None])
         lens = torch.tensor([len(prompt)]), torch.tensor([len(completion.tokens)])
-        for ours in completion.logps, token_logps(model, row, *lens):
+        for ours in completion.sampler_logps, token_logps(model, row, *lens):
             assert (ours - logps[:, 0]).abs().max() < 2e-5
     assert any(completion.tokens[-1] in stop for completion in completions)
 
@@ -333,13 +347,13 @@ def test_a_base_model_gets_a_chat_template_that_is_saved(family, tmp_path):
     tokenizer = load_model(str(tmp_path))[1]
     data = write(tmp_path / "q.jsonl", '{"question": "1 + 1?"}')
     [row] = load_prompts(data, tokenizer, "Think.", 99)
-    assert row["text"] == f"{before.bos_token}System: Think.\n\nUser: 1 + 1?\n\nAssistant:"
-    assert row["ids"][0] == before.bos_token_id and before.bos_token_id not in row["ids"][1:]
-    assert tokenizer.decode(row["ids"][1:]).strip() == "System: Think.\n\nUser: 1 + 1?\n\nAssistant:"
+    assert row.text == f"{before.bos_token}System: Think.\n\nUser: 1 + 1?\n\nAssistant:"
+    assert row.ids[0] == before.bos_token_id and before.bos_token_id not in row.ids[1:]
+    assert tokenizer.decode(row.ids[1:]).strip() == "System: Think.\n\nUser: 1 + 1?\n\nAssistant:"
     tokenizer.save_pretrained(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1?"}]
-    assert saved.apply_chat_template(messages, add_generation_prompt=True).input_ids == row["ids"]
+    assert saved.apply_chat_template(messages, add_generation_prompt=True).input_ids == row.ids
     assert "Assistant" not in saved.apply_chat_template(messages, tokenize=False)
 
 
@@ -354,4 +368,4 @@ def test_a_chat_template_that_refuses_a_system_message(tiny, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"question": "1 + 1"}\n')
     with pytest.raises(SystemExit, match=r"row 1 of .*System role not supported \(SYSTEM_PROMPT= leaves"):
         load_prompts(f"{tmp_path}/data.jsonl", tokenizer, "Think.", 100)
-    assert load_prompts(f"{tmp_path}/data.jsonl", tokenizer, "", 100)[0]["text"] == "1 + 1"
+    assert load_prompts(f"{tmp_path}/data.jsonl", tokenizer, "", 100)[0].text == "1 + 1"

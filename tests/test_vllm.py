@@ -1,25 +1,23 @@
 """SAMPLER="vllm", real vLLM: tokens and log-probs are those of transformers, before and after an update; it learns."""
 
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
 
 from grpo import distributed
-from grpo.policy import token_logps
 from grpo.data import load_prompts
-from grpo.policy import load_model, stop_ids
+from grpo.policy import Policy, load_model, stop_ids, token_logps
 from grpo.sampling.transformers import sample
-from grpo.types import pack
+from grpo.types import Prompt, pack
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm", exc_type=ImportError)
 
 
 @pytest.fixture(scope="module")
-def policy(embedded):
-    model, tokenizer = load_model(str(embedded / "model"))
-    prompts = [row["ids"] for row in load_prompts(str(embedded / "heldout.jsonl"), tokenizer, "Think.", 128)[:16]]
+def policy(embedded, engine):
+    model, tokenizer = engine.policy.model, engine.policy.tokenizer
+    prompts = [row.ids for row in load_prompts(str(embedded / "heldout.jsonl"), tokenizer, "Think.", 128)[:16]]
     return model, prompts, stop_ids(model, tokenizer)
 
 
@@ -28,7 +26,15 @@ def engine(embedded):
     from grpo.sampling.vllm import Engine
 
     distributed.start()
-    return Engine(str(embedded / "model"), 128 + 64, 0.4, "float32")
+    return Engine(Policy(str(embedded / "model"), 128 + 64, "float32"), 0.4)
+
+
+def draw(engine, prompts, group_size, **options):
+    """The samples of the engine's groups, in the order of the prompts."""
+    prompts = [Prompt(ids) for ids in prompts]
+    found = {id(group.prompt): group.samples for groups in engine.rollouts(prompts, group_size, **options)
+             for group in groups}
+    return [sample for prompt in prompts for sample in found[id(prompt)]]
 
 
 def update(model):
@@ -45,15 +51,13 @@ def test_tokens_and_log_probs_before_and_after_an_update(policy, engine):
     greedy = []
     for _ in range(2):
         expected = sample(model, prompts, 1, temperature=0, **options)
-        with engine.ready(model, nullcontext):
-            found = engine.sample(prompts, 1, temperature=0, **options)
-            drawn = engine.sample(prompts, 3, temperature=0.7, seeds=list(range(16)), **options)
+        found = draw(engine, prompts, 1, temperature=0, **options)
+        drawn = draw(engine, prompts, 3, temperature=0.7, seeds=list(range(16)), **options)
         assert [c.tokens.tolist() for c in found] == [c.tokens.tolist() for c in expected]
         assert [c.ended for c in found] == [c.ended for c in expected]
-        rows = [{"prompt": torch.tensor(prompts[i // 3]), "completion": c.tokens} for i, c in enumerate(drawn)]
         with torch.no_grad():
-            logps = token_logps(model, *pack(rows), temperature=0.7)
-        assert (torch.cat([c.logps for c in drawn]) - logps).abs().max() < 1e-4
+            logps = token_logps(model, *pack(drawn), temperature=0.7)
+        assert (torch.cat([c.sampler_logps for c in drawn]) - logps).abs().max() < 1e-4
         greedy.append([c.tokens.tolist() for c in found])
         update(model)
     assert greedy[0] != greedy[1]  # else the update was too small to tell old weights from new ones
@@ -62,9 +66,8 @@ def test_tokens_and_log_probs_before_and_after_an_update(policy, engine):
 def test_a_prompt_has_the_same_completions_in_any_batch(policy, engine):
     model, prompts, stop = policy
     options = {"max_tokens": 24, "min_tokens": 8, "stop": stop, "temperature": 2.0}
-    with engine.ready(model, nullcontext):
-        together = engine.sample(prompts[:4], 4, seeds=[5, 6, 7, 8], **options)
-        alone = engine.sample(prompts[2:3], 4, seeds=[7], **options)
+    together = draw(engine, prompts[:4], 4, seeds=[5, 6, 7, 8], **options)
+    alone = draw(engine, prompts[2:3], 4, seeds=[7], **options)
     texts = [tuple(completion.tokens.tolist()) for completion in together]
     assert [tuple(completion.tokens.tolist()) for completion in alone] == texts[8:12]
     assert len(set(texts)) == 16 and min(map(len, texts)) >= 8

@@ -1,15 +1,23 @@
-"""Samplers: each yields finished groups of completions, see `transformers.rollouts`."""
+"""Samplers. Each is a generator of finished groups, see `transformers.rollouts`."""
 from functools import partial
 
 from grpo.sampling import graph, transformers
 
 
-def open_sampler(name: str, model, gathered, path: str, max_length: int, vllm_memory: float):
-    """The generator `rollouts` of SAMPLER=`name`, and `ready`, a context in which it samples from the weights of
-    `model` as they are now. Within `gathered()` these are whole; `path` is where vLLM finds the model's shape."""
+def open_sampler(name: str, policy, max_tokens: int, vllm_memory: float):
+    """SAMPLER=`name` as `rollouts(prompts, group_size, temperature=1.0, min_tokens=0, seeds=None)`.
+
+    All processes call it together. It yields lists of finished groups, sampled from the policy's weights as they are
+    then, of at most `max_tokens` tokens.
+    """
+    options = {"max_tokens": max_tokens, "stop": policy.stop_ids}
     if name == "vllm":
         from grpo.sampling.vllm import Engine  # here, because vLLM is optional
-        engine = Engine(path, max_length, vllm_memory, str(model.dtype).removeprefix("torch."))
-        return engine.rollouts, partial(engine.ready, model, gathered)
-    modules = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA's, adapters included
-    return partial(transformers.rollouts, modules, decoder=graph.decoder(name, modules)), gathered
+        return partial(Engine(policy, vllm_memory).rollouts, **options)
+    model = policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model  # LoRA's
+    options["decoder"] = graph.decoder(name, model)
+
+    def rollouts(prompts, group_size, **others):
+        with policy.gathered():
+            yield from transformers.rollouts(model, prompts, group_size, **options, **others)
+    return rollouts

@@ -1,7 +1,5 @@
 """A CUDA graph as the sampler: `SAMPLER="graph"`, for GPUs, where Python between two tokens costs more than the tokens.
 
-    completions = sample(model, prompts, group_size, ..., decoder=graph.decode)
-
 A decode step launches hundreds of small kernels, and a GPU waits for most of them. Here a step has fixed shapes and
 reads no value back, so that the GPU records it once and repeats it, until the room in the cache is full or half of the
 completions have ended. Then these leave, the others get twice the room, and the step is recorded again. The random
@@ -14,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from grpo.attention import RoomyLayer, additive
-from grpo.sampling.transformers import BLOCK, blank, draw, finished, prefill
+from grpo.sampling.transformers import BLOCK, Written, draw, prefill
 
 
 class FixedLayer(DynamicLayer):
@@ -79,7 +77,7 @@ def record(step):
     return graph.replay
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms):
     """As `transformers.decode`. SystemExit if the model needs something that a graph cannot repeat, see `obstacle`."""
     if reason := obstacle(model):
@@ -89,8 +87,8 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
     device, longest = model.device, mask.shape[1] - max_tokens
     stop = torch.tensor(stop, device=device)
     uniforms = uniforms.to(device) if temperature else None
-    written = tokens, logps, lengths, ended = blank(len(logits), max_tokens, device)
-    rows, told = torch.arange(len(logits), device=device), set()  # the completions that are still being written
+    written = Written(prompts, group_size, max_tokens, device)
+    rows = torch.arange(len(logits), device=device)  # the sequences that are still being written
 
     def step():
         scores = logits.float() / (temperature or 1)
@@ -114,7 +112,7 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
         seen = mask[:, : longest + start + room] > 0
         columns, place = torch.arange(seen.shape[1], device=device), torch.zeros(1, dtype=torch.long, device=device)
         uniform = uniforms[rows, start : start + room] if temperature else None
-        drawn, drawn_logps = tokens[rows, start : start + room], logps[rows, start : start + room]
+        drawn, drawn_logps = (part[rows, start : start + room] for part in (written.tokens, written.logps))
         again, live = step, rows
         while count < start + room and 2 * len(live) > len(rows):
             for _ in range(min(BLOCK, start + room - count)):
@@ -122,12 +120,14 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
                 count += 1
                 if again is step and device.type == "cuda" and room > 1:
                     again = record(step)  # after a first step, which compiles and allocates what a recording cannot
-            tokens[rows, start : start + room], logps[rows, start : start + room] = drawn, drawn_logps
+            written.tokens[rows, start : start + room] = drawn
+            written.logps[rows, start : start + room] = drawn_logps
             stops = torch.isin(drawn[:, : count - start], stop)
             stopped = stops.any(1)
-            lengths[rows[stopped]], ended[rows[stopped]] = start + 1 + stops[stopped].int().argmax(1), True
+            written.lengths[rows[stopped]] = start + 1 + stops[stopped].int().argmax(1)
+            written.ended[rows[stopped]] = True
             live = rows[~stopped] if count < max_tokens else rows[:0]
-            yield finished(written, group_size, live, told)
+            yield written.finished(live)
         going = (~stopped).nonzero()[:, 0]
         cache.batch_select_indices(going)
         rows, logits, mask, position = rows[going], logits[going], mask[going], position[going]

@@ -1,38 +1,28 @@
-"""Completions of prompts, by the policy's own modules in transformers: the default sampler.
-
-    completions = sample(model, [row["ids"] for row in rows], group_size, ...)
+"""Samples of prompts, by the policy's own modules in transformers: the default sampler on a CPU.
 
 A prompt is prefilled once for its whole group, a finished sequence leaves the batch (on a GPU within 8 tokens), and
-each token's log-prob under the sampling policy comes along at no extra forward pass. Random numbers belong to the
-prompt's seed, not to the batch: it gets the same completions however the prompts are spread over processes.
-
-On a CPU a decode step takes as long in Python as in its operations: `next_logits` records these and repeats them.
+each token's log-prob comes along at no extra forward pass. The random numbers belong to the prompt's seed, not to the
+batch: a prompt gets the same samples however the prompts are spread over processes.
 """
-import warnings
-from weakref import WeakKeyDictionary
-
 import torch
-from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from grpo import attention
-from grpo.attention import RoomyLayer, additive, select_rows
-from grpo.types import Completion
+from grpo.attention import RoomyLayer, select_rows
+from grpo.sampling.script import next_logits
+from grpo.types import Group, Prompt, Sample
 
 MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the other
-BLOCK = 64  # tokens from one look for groups that are finished to the next
-LOOK_EVERY = 8  # on an accelerator, tokens between two looks for ended completions: a look makes Python wait for it
-recorded = WeakKeyDictionary()  # of each model a decode step, see `next_logits`
+BLOCK = 64  # tokens from one look for finished groups to the next
+LOOK_EVERY = 8  # on an accelerator, tokens between two looks for ended sequences: a look makes Python wait for it
 
 
-def rollouts(model, prompts: list[list[int]], group_size: int, *, max_tokens: int, stop: list[int],
-             temperature: float = 1.0, min_tokens: int = 0, seeds: list[int] | None = None, decoder=None):
-    """Yields groups of `group_size` completions, {place of the prompt: its completions}, those that have been finished
-    since the last time, after every BLOCK tokens; temperature 0 is greedy and needs no `seeds`.
+def rollouts(model, prompts: list[Prompt], group_size: int, *, max_tokens: int, stop: list[int], temperature=1.0,
+             min_tokens=0, seeds: list[int] | None = None, decoder=None):
+    """Yields lists of finished groups, `group_size` samples for each prompt; temperature 0 is greedy, without `seeds`.
 
-    No completion ends before `min_tokens` tokens. The model is in eval mode meanwhile: dropout is not part of the
-    policy. `decoder` may be another one than `decode`.
+    No sample ends before `min_tokens` tokens. The model is in eval mode meanwhile: dropout is not part of the policy.
+    `decoder` may take the place of `decode`.
     """
     was_training = model.training
     model.eval()
@@ -42,45 +32,62 @@ def rollouts(model, prompts: list[list[int]], group_size: int, *, max_tokens: in
         uniforms = torch.cat([
             torch.rand(group_size, max_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             for seed in seeds[some]]) if temperature else None
-        for decoded in filter(None, (decoder or decode)(
-                model, prompts[some], group_size, max_tokens, stop, temperature, min_tokens, uniforms)):
-            yield {start + place: [Completion(c.tokens.clone(), c.logps.clone(), c.ended) for c in group]
-                   for place, group in decoded.items()}  # copies, which are fit for autograd
+        yield from filter(None, (decoder or decode)(
+            model, prompts[some], group_size, max_tokens, stop, temperature, min_tokens, uniforms))
     model.train(was_training)
 
 
-def sample(*arguments, **options) -> list[Completion]:
-    """All completions of `rollouts`, group after group in the order of the prompts."""
-    return in_order(rollouts(*arguments, **options))
+def sample(model, prompts: list[list[int]], *arguments, **options) -> list[Sample]:
+    """All samples of `rollouts` for prompts given as token ids, in the order of the prompts."""
+    prompts = [Prompt(ids, number=number) for number, ids in enumerate(prompts)]
+    groups = [group for groups in rollouts(model, prompts, *arguments, **options) for group in groups]
+    return [one for group in sorted(groups, key=lambda group: group.prompt.number) for one in group.samples]
 
 
-def in_order(groups) -> list[Completion]:
-    found = dict(pair for finished in groups for pair in finished.items())
-    return [completion for place in sorted(found) for completion in found[place]]
+class Written:
+    """What B = prompts x group_size sequences have written so far."""
+
+    def __init__(self, prompts: list[Prompt], group_size: int, max_tokens: int, device):
+        count = len(prompts) * group_size
+        self.prompts, self.group_size, self.handed_out = prompts, group_size, set()
+        self.tokens = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
+        self.logps = torch.zeros(count, max_tokens, device=device)
+        self.lengths = torch.full((count,), max_tokens, device=device)
+        self.ended = torch.zeros(count, dtype=torch.bool, device=device)
+
+    def finished(self, rows) -> list[Group]:
+        """The groups that were finished since the last call; of the others `rows` (B,) are still being written."""
+        writing, groups = set((rows // self.group_size).tolist()), []
+        for place, prompt in enumerate(self.prompts):
+            if place not in writing | self.handed_out:
+                self.handed_out.add(place)
+                mine = slice(place * self.group_size, (place + 1) * self.group_size)
+                parts = (part[mine].cpu() for part in (self.tokens, self.logps, self.lengths, self.ended))
+                groups.append(Group(prompt, [
+                    Sample(prompt, tokens[:length].clone(), logps[:length].clone(), bool(ended))
+                    for tokens, logps, length, ended in zip(*parts)]))
+        return groups
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms):
-    """`sample` for prompts that fit together; uniforms (B, max_tokens) in [0, 1), B = prompts x group_size.
-
-    Yields the groups that have been finished since the last time (see `finished`).
-    """
+    """`rollouts` for prompts that fit together; uniforms (B, max_tokens) in [0, 1), B = prompts x group_size."""
     logits, mask, position, cache = prefill(model, prompts, group_size, max_tokens)
     device, longest = model.device, mask.shape[1] - max_tokens
     stop, look = torch.tensor(stop, device=device), LOOK_EVERY if device.type != "cpu" else 1
-    written = tokens, logps, lengths, ended = blank(len(logits), max_tokens, device)
-    rows, told = torch.arange(len(logits), device=device), set()  # the completions that are still being written
+    written = Written(prompts, group_size, max_tokens, device)
+    rows = torch.arange(len(logits), device=device)  # the sequences that are still being written
     uniforms = uniforms.to(device) if temperature else None
     for t in range(max_tokens):
         logits = logits.float().div_(temperature or 1)
         if t < min_tokens - 1:
             logits[:, stop] = -torch.inf
-        token, logp = draw(logits, uniforms[rows, t] if temperature else None)
-        tokens[rows, t], logps[rows, t] = token, logp
-        stopped = torch.isin(token, stop) & ~ended[rows]
-        lengths[rows] = torch.where(stopped, t + 1, lengths[rows])
-        ended[rows] |= stopped
-        if t % look == look - 1 and (gone := ended[rows]).any():
+        token, logp = draw(logits, uniforms[rows, t] if temperature else None)  # eq. 3: o ~ pi_old
+        written.tokens[rows, t], written.logps[rows, t] = token, logp
+        stopped = torch.isin(token, stop) & ~written.ended[rows]
+        written.lengths[rows] = torch.where(stopped, t + 1, written.lengths[rows])
+        written.ended[rows] |= stopped
+        if t % look == look - 1 and (gone := written.ended[rows]).any():
             live = (~gone).nonzero()[:, 0]
             going = torch.arange(len(live), device=device)  # the last rows take the places of those that ended
             going[gone[: len(live)]] = live[live >= len(live)]
@@ -88,7 +95,7 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
             rows, token, mask, position = rows[going], token[going], mask[going], position[going]
         last = len(rows) == 0 or t == max_tokens - 1
         if last or t % BLOCK == BLOCK - 1:
-            yield finished(written, group_size, rows[:0] if last else rows, told)
+            yield written.finished(rows[:0] if last else rows)
         if last:
             break
         end = longest + t + 1
@@ -97,9 +104,10 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
 
 def prefill(model, prompts, group_size, max_tokens):
     """Logits (B, V) after the prompts, mask and position (B, L + max_tokens) of all tokens, and the cache of L."""
-    device, longest = model.device, max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (P, L), padded on the left
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + max_tokens) for p in prompts], device=device)
+    device, longest = model.device, max(len(prompt.ids) for prompt in prompts)
+    gaps = [longest - len(prompt.ids) for prompt in prompts]
+    ids = torch.tensor([[0] * gap + prompt.ids for gap, prompt in zip(gaps, prompts)], device=device)  # padded left
+    mask = torch.tensor([[0] * gap + [1] * (longest - gap + max_tokens) for gap in gaps], device=device)
     position = mask.cumsum(1).sub(1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -107,25 +115,6 @@ def prefill(model, prompts, group_size, max_tokens):
                    past_key_values=cache, logits_to_keep=1).logits[:, -1]
     cache.batch_repeat_interleave(group_size)
     return *(tensor.repeat_interleave(group_size, 0) for tensor in (logits, mask, position)), cache
-
-
-def blank(count, max_tokens, device):
-    """What completions are written into: tokens and log-probs (B, max_tokens), lengths and ended (B,)."""
-    return (torch.zeros(count, max_tokens, dtype=torch.long, device=device),
-            torch.zeros(count, max_tokens, device=device),
-            torch.full((count,), max_tokens, device=device),
-            torch.zeros(count, dtype=torch.bool, device=device))
-
-
-def finished(written, group_size, rows, told: set) -> dict[int, list[Completion]]:
-    """The groups, by the prompt's place, without those of which `rows` are still being written and those `told`."""
-    writing, groups = set((rows // group_size).tolist()), {}
-    for place in sorted(set(range(len(written[0]) // group_size)) - writing - told):
-        tokens, logps, lengths, ended = (tensor.unflatten(0, (-1, group_size))[place].cpu() for tensor in written)
-        groups[place] = [Completion(tokens[i, :n], logps[i, :n], end)
-                         for i, (n, end) in enumerate(zip(lengths.tolist(), ended.tolist()))]
-    told.update(groups)
-    return groups
 
 
 def draw(logits, uniform):
@@ -156,64 +145,3 @@ def pick(weights, uniform):
     size = weights.gather(1, index)
     inside = (target - ends.gather(1, index) + size) / size
     return index[:, 0], inside[:, 0].clamp(0, 1 - 2**-52)  # rounding must not lead to what has no weight
-
-
-# ------------------------------------------------------------------------------------------------- a step on a CPU
-
-class LongerLayer(DynamicLayer):
-    """A layer's keys and values (B, heads, T, D), of which the last token is to be written."""
-
-    def __init__(self, keys, values):
-        super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-
-    def update(self, keys, values, *_, **__):
-        self.keys[:, :, -1:], self.values[:, :, -1:] = keys, values
-        return self.keys, self.values
-
-
-class Step(torch.nn.Module):
-    """A decode step as a function of tensors alone: token (B,), mask (B, 1, 1, T), see `additive`, position (B, 1) and
-    each layer's keys and values to logits (B, V)."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, token, mask, position, *states):
-        cache = DynamicCache()
-        cache.layers = [LongerLayer(keys, values) for keys, values in zip(states[::2], states[1::2])]
-        return self.model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
-                          past_key_values=cache).logits[:, -1]
-
-
-def next_logits(model, token, mask, position, cache) -> torch.Tensor:
-    """Logits (B, V) after one more token (B,) of each row; mask (B, T) and position (B, 1) include it, `cache` will.
-
-    On a CPU the model's operations are recorded once (by TorchScript) and repeated, for any B and T. They write to the
-    cache's own tensors and read the parameters as they are now.
-    """
-    ordinary = model.config._attn_implementation == "packed" and all(type(c) is RoomyLayer for c in cache.layers)
-    if ordinary:
-        mask = additive(mask, model.dtype)
-    if token.device.type != "cpu" or not ordinary:
-        return model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
-                     past_key_values=cache).logits[:, -1]
-    inputs = token, mask, position, *(state for layer in cache.layers for state in layer.longer(1))
-    if model not in recorded:
-        recorded[model] = record(Step(model), inputs)
-    with torch.jit.optimized_execution(False):  # it would look for the best way for each T anew
-        return (Step(model) if recorded[model] is None else recorded[model])(*inputs)
-
-
-def record(step: Step, inputs):
-    """The step as TorchScript; None if what it does depends on values, as the choice of an expert may."""
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        try:
-            script = torch.jit.trace(step, inputs, check_trace=False)
-        except ValueError:  # tracing refuses a model that holds one buffer twice, as longrope does
-            return None
-    about_shapes = __file__, attention.__file__, functional.__file__  # one token a row: always right
-    doubts = [w for w in warned if w.category is torch.jit.TracerWarning and w.filename not in about_shapes]
-    return None if doubts else script

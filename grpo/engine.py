@@ -1,0 +1,57 @@
+"""DeepSpeed's engine: how it starts, the micro-batches it is given, and what it does at gradients that are not finite.
+"""
+from dataclasses import replace
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from grpo.constants import require
+from grpo.distributed import largest
+from grpo.types import Group, MicroBatch, Sample, in_batches, micro_batch
+
+
+def start_engine(module, config: dict):
+    """`deepspeed.initialize`. An update with gradients that are not finite changes nothing, with any ZeRO stage."""
+    require(config["zero_optimization"]["stage"] or not config["bf16"]["enabled"],
+            "ZERO_STAGE=0: in bfloat16 DeepSpeed's first update is a quarter too small then: use 1")
+    engine = deepspeed.initialize(model=module.train(), config=config)[0]
+    engine.basic_optimizer.register_step_pre_hook(drop_bad_gradients)
+    engine.enable_backward_allreduce = dist.get_world_size() > 1 or engine.zero_optimization_stage() > 0
+    engine.monitor.enabled = False  # for DeepSpeed's own events, which do not count steps
+    return engine
+
+
+def make_batches(groups: list[Group], spare: Sample, budget: int, device) -> list[MicroBatch]:
+    """Micro-batches of the groups' samples, of at most `budget` tokens each, see `types.split`.
+
+    A backward pass may be a collective operation, so every process makes as many: those with fewer micro-batches fill
+    up with the `spare` sample at weight zero.
+    """
+    batches = in_batches([sample for group in groups for sample in group.samples], budget)
+    spare = replace(spare, weight=0.0, ref_logps=None)
+    batches += [[spare]] * (max(1, int(largest(len(batches)))) - len(batches))
+    return [micro_batch(samples, device) for samples in batches]
+
+
+def drop_bad_gradients(optimizer, *_) -> None:
+    """Before the optimizer's step, which changes nothing then. ZeRO 1 to 3 skip the step themselves."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    optimizer.gradients_were_finite = torch.nn.utils.get_total_norm(grads).isfinite().item()
+    if not optimizer.gradients_were_finite:
+        optimizer.zero_grad()
+
+
+def was_applied(engine) -> bool:
+    """Whether the last update changed the weights."""
+    return engine.was_step_applied() and engine.basic_optimizer.gradients_were_finite
+
+
+def gradient_norm(engine) -> float:
+    norm = engine.get_global_grad_norm()
+    return float("nan" if norm is None else norm)
+
+
+def set_lr(engine, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

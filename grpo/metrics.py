@@ -1,0 +1,57 @@
+"""The numbers of one step: sums with their counts by name, added up over all processes once, and a stopwatch."""
+import resource
+import time
+from collections import Counter
+from math import nan
+
+import torch
+
+from grpo.distributed import reduce
+
+
+class Metrics:
+    """`metrics.add("kl", total, count)` anywhere in a step; all processes use the same names.
+
+    A sum or count may be a tensor on an accelerator: nothing waits for it before `reduced`.
+    """
+
+    def __init__(self):
+        self.totals, self.counts = {}, {}
+        self.seconds = Counter(seconds_sample=0, seconds_reward=0, seconds_ref_wait=0, seconds_train=0)
+        self.start = self.now = time.perf_counter()
+
+    def add(self, name: str, total, count=None) -> None:
+        """`reduced` gives the mean, all totals over all counts; without a count it gives the sum of the totals."""
+        self.totals[name] = self.totals.get(name, 0) + torch.as_tensor(total).detach().double()
+        if count is not None:
+            self.counts[name] = self.counts.get(name, 0) + torch.as_tensor(count).double()
+
+    def add_tokens(self, values: dict[str, torch.Tensor], which: torch.Tensor) -> None:
+        """Means of values (C,), a number a token, over the tokens for which `which` (C,) is true."""
+        for name, value in values.items():
+            self.add(name, torch.where(which, value.detach().double(), 0).sum(), which.sum())
+
+    def lap(self, name: str, wait=False) -> None:
+        """The seconds since the last lap belong to `name`; with `wait` only once the accelerator has done its work."""
+        if wait and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        before, self.now = self.now, time.perf_counter()
+        self.seconds[f"seconds_{name}"] += self.now - before
+
+    def reduced(self) -> dict[str, float]:
+        """Means and sums over all processes, in the order in which they were added; NaN where the count is 0."""
+        sums = reduce([*self.totals.values(), *self.counts.values()])
+        counts = dict(zip(self.counts, sums[len(self.totals) :]))
+        return {name: total / (counts.get(name, 1) or nan) for name, total in zip(self.totals, sums)}
+
+    def row(self) -> dict[str, float]:
+        """What `reduced` gives, and this process's seconds in each lap, seconds since the start, and peak memory."""
+        return self.reduced() | self.seconds | {
+            "seconds": time.perf_counter() - self.start, "peak_memory_mb": peak_memory_mb()}
+
+
+def peak_memory_mb() -> float:
+    """Of this process since its start: the allocator's peak on an accelerator, resident memory on a CPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,38 @@
+"""A reward model: a sequence classifier in transformers as a reward function."""
+import os
+
+
+# algorithm 1: r_phi
+def reward_model(path: str, device=None, batch_size: int = 16):
+    """A reward function from a sequence classification model with one label: its logit for prompt + completion.
+
+    It stays on `device`, by default this process's GPU, or the CPU if there is none. ValueError for several labels.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = device or (gpu if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
+    model = AutoModelForSequenceClassification.from_pretrained(path).to(device).eval()
+    if model.config.num_labels != 1:
+        raise ValueError(f"the reward model {path} has {model.config.num_labels} labels: expected 1")
+    tokenizer.pad_token = pad = tokenizer.pad_token or tokenizer.eos_token
+    for config in model.config, model.config.get_text_config():
+        config.pad_token_id = tokenizer.convert_tokens_to_ids(pad)
+
+    def whole(prompt, completion) -> str:
+        if isinstance(completion, str):
+            return prompt + completion
+        return tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+
+    @torch.inference_mode()
+    def reward(completions, prompts, **columns):
+        both = list(map(whole, prompts, completions, strict=True))
+        values = []
+        for start in range(0, len(both), batch_size):
+            batch = both[start : start + batch_size]
+            tokens = tokenizer(batch, padding=True, add_special_tokens=False, return_tensors="pt").to(device)
+            values += model(**tokens).logits[:, 0].tolist()
+        return values
+    reward.__name__ = os.path.basename(os.path.normpath(path))
+    return reward
