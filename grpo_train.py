@@ -25,9 +25,9 @@ from grpo import checkpoint, distributed
 from grpo.constants import constants_of, override_constants, require
 from grpo.data import load_prompts, pick
 from grpo.engine import gradient_norm, make_batches, set_lr, start_engine, was_applied
-from grpo.evaluate import add_groups, evaluate
+from grpo.evaluate import evaluate
 from grpo.memory import fitting_tokens
-from grpo.metrics import Metrics
+from grpo.metrics import Metrics, add_groups
 from grpo.policy import Policy, dtype_called
 from grpo.reference import Reference, check_servers
 from grpo.report import Log, trackers
@@ -204,18 +204,19 @@ def teaching(groups: list[Group]) -> list[Group]:
 
 def main():
     rank, world = distributed.start()
-    require(PROMPTS_PER_STEP > 0 == PROMPTS_PER_STEP % world, f"{PROMPTS_PER_STEP=}: cannot be shared equally by {world} processes")
+    shared = PROMPTS_PER_STEP > 0 and PROMPTS_PER_STEP % world == 0
+    require(shared, f"{PROMPTS_PER_STEP=}: cannot be shared equally by {world} processes")
     require(GROUP_SIZE > 1, f"{GROUP_SIZE=}: a group needs at least 2 completions to compare")
     require(UPDATES_PER_BATCH > 0, f"{UPDATES_PER_BATCH=}: a batch is for one update at least")
     require(BETA or not REF_SYNC_EVERY, f"{REF_SYNC_EVERY=}: with BETA=0 there is no reference")
     require(0 < REF_MIXUP_ALPHA <= 1, f"{REF_MIXUP_ALPHA=}: expected above 0, up to 1")
     last, start = checkpoint.begin(OUTPUT_DIR, constants_of(__name__) | {"PROCESSES": world}, RESUME)
-    max_length = MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS
-    policy = Policy(MODEL, max_length, DTYPE, TEMPERATURE, LORA_RANK, SEED, GRADIENT_CHECKPOINTING)
+    policy = Policy(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE, TEMPERATURE, LORA_RANK, SEED,
+                    GRADIENT_CHECKPOINTING)
     tokenizer, rewards = policy.tokenizer, load_rewards(REWARDS)
-    train, heldout = (
-        load_prompts(name, tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN) if name else []
-        for name in (DATASET, EVAL_DATASET if EVAL_EVERY else ""))
+    settings = tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN
+    train = load_prompts(DATASET, *settings)
+    heldout = load_prompts(EVAL_DATASET, *settings) if EVAL_EVERY and EVAL_DATASET else []
     for prompts in filter(None, (train, heldout)):
         check_rewards(rewards, columns_of(prompts))
     longest, samples = max(len(prompt.ids) for prompt in train), PROMPTS_PER_STEP * GROUP_SIZE // world
@@ -245,14 +246,14 @@ def main():
         # 2. Rollouts. Finished groups are rewarded and sent to the reference while longer ones are being sampled.
         groups = []
         # eq. 3: G outputs for each question
-        for finished in rollouts(prompts, GROUP_SIZE, temperature=TEMPERATURE, min_tokens=MIN_COMPLETION_TOKENS,
-                                 seeds=seeds):
+        for finished in rollouts(prompts, GROUP_SIZE, TEMPERATURE, seeds, MIN_COMPLETION_TOKENS):
             metrics.lap("sample")
             score(finished, rewards, tokenizer)
             if reference:
                 reference.request(teaching(finished))
             groups += finished
             metrics.lap("reward")
+        groups.sort(key=lambda group: prompts.index(group.prompt))  # they finish in any order
         metrics.lap("sample")
 
         # 3. Advantages and token weights: what depends on the whole step, over all processes.
@@ -289,9 +290,8 @@ def main():
         if stop or SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
             checkpoint.save(engine, policy, OUTPUT_DIR, step, KEEP_CHECKPOINTS)
         skipped = skipped + 1 if row["skipped_updates"] else 0
-        require(skipped < MAX_SKIPPED_STEPS,
-                f"step {step}: the loss or its gradients were not finite, {skipped} times in a row. Likely: "
-                f"{LR=} is too high, {TEMPERATURE=} too low, or {MODEL=} broken")
+        require(skipped < MAX_SKIPPED_STEPS, f"step {step}: the loss or its gradients were not finite, {skipped} times "
+                f"in a row. Likely: {LR=} is too high, {TEMPERATURE=} too low, or {MODEL=} broken")
         if stop:
             break
     log.close()

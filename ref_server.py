@@ -180,7 +180,7 @@ def main():
         raise SystemExit(f"cannot listen on {HOST}:{PORT}: {error.strerror} (choose another with PORT=...)")
     model, _ = load_model(MODEL, dtype=DTYPE)
     if model.device.type == "cpu":
-        os.nice(19)  # on shared cores the trainer goes first: side by side both would be slower than in turns
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the trainer may be on the same cores
     server = waitress.create_server(
         make_app(model, MODEL, token), sockets=[listener], threads=32, connection_limit=900, asyncore_use_poll=True,
         channel_timeout=60, max_request_body_size=MAX_BODY_MB * 2**20 + 1)

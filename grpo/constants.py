@@ -1,5 +1,6 @@
 """The upper-case names at the top of a script: set for one run as NAME=value, checked before anything starts."""
 import sys
+from inspect import get_annotations
 from typing import get_args
 
 
@@ -19,7 +20,7 @@ def override_constants(module: str, arguments: list[str]) -> None:
 
     SystemExit at an unknown name, another type, or a value that is not in the constant's `Literal[...]`, if it has one.
     """
-    valid, allowed = constants_of(module), vars(sys.modules[module]).get("__annotations__", {})
+    valid, allowed = constants_of(module), get_annotations(sys.modules[module])
     for argument in arguments:
         name, _, text = argument.partition("=")
         if name == "--local_rank":  # the deepspeed launcher's own; the environment says the same

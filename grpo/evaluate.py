@@ -25,11 +25,11 @@ from tqdm import tqdm
 from grpo import checkpoint, distributed, report
 from grpo.constants import override_constants, require
 from grpo.data import load_prompts
-from grpo.metrics import Metrics
+from grpo.metrics import Metrics, add_rewards
 from grpo.policy import Policy
 from grpo.sampling import open_sampler
 from grpo.sampling.transformers import MAX_SEQUENCES
-from grpo.types import Group, Prompt, Sample
+from grpo.types import Prompt, Sample
 from rewards import check_rewards, columns_of, load_rewards, score
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name; or two of them, with a comma between
@@ -55,33 +55,12 @@ IMAGINED = {  # problems, and the limits of what is possible; two differences th
 SHOWN = 200  # problems in evaluation.html; all are in evaluation.jsonl
 
 
-def add_rewards(metrics: Metrics, groups: list[Group], rewards: dict) -> None:
-    """What the groups' samples are worth."""
-    samples = [sample for group in groups for sample in group.samples]
-    count = len(samples)
-    metrics.add("reward", sum(one.reward for one in samples), count)
-    metrics.add("accuracy", sum(one.rewards[0] > 0 for one in samples), count)
-    metrics.add("completion_tokens_mean", sum(len(one.tokens) for one in samples), count)
-    metrics.add("truncated_frac", sum(not one.ended for one in samples), count)
-    for place, function in enumerate(rewards):
-        values = [one.rewards[place] for one in samples if not isnan(one.rewards[place])]
-        metrics.add(f"reward/{function.__name__}", sum(values), len(values))
-
-
-def add_groups(metrics: Metrics, groups: list[Group], rewards: dict) -> None:
-    """`add_rewards`, and what only groups of several samples have."""
-    add_rewards(metrics, groups, rewards)
-    metrics.add("completion_tokens_total", sum(len(one.tokens) for group in groups for one in group.samples))
-    metrics.add("reward_std", sum(stdev(one.reward for one in group.samples) for group in groups), len(groups))
-    metrics.add("advantage_zero_groups", sum(not group.has_signal() for group in groups))
-
-
 def evaluate(rollouts, prompts: list[Prompt], rewards: dict, tokenizer) -> dict[str, float]:
     """Greedy completions of held-out prompts, shared by the processes: accuracy, rewards, length, share cut off."""
     if not prompts:
         return {}
     metrics = Metrics()
-    groups = sum(rollouts(prompts[dist.get_rank() :: dist.get_world_size()], 1, temperature=0), [])
+    groups = sum(rollouts(prompts[dist.get_rank() :: dist.get_world_size()], 1, 0.0), [])
     score(groups, rewards, tokenizer)
     add_rewards(metrics, groups, rewards)
     return {f"eval_{name.removeprefix('completion_')}": value for name, value in metrics.reduced().items()}
@@ -134,9 +113,8 @@ def complete_all(name: str, rewards: dict) -> dict[int, list[dict]]:
     with tqdm(desc=name, total=len(found), unit="problem", disable=None if rank == 0 else True) as progress:
         for block in blocks:
             seeds = [SEED << 32 | prompt.number for prompt in block]
-            for groups in chain(rollouts(block, 1, temperature=0),
-                                rollouts(block, EVAL_SAMPLES, temperature=TEMPERATURE,
-                                         min_tokens=MIN_COMPLETION_TOKENS, seeds=seeds)):
+            for groups in chain(rollouts(block, 1, 0.0),
+                                rollouts(block, EVAL_SAMPLES, TEMPERATURE, seeds, MIN_COMPLETION_TOKENS)):
                 score(groups, rewards, policy.tokenizer)
                 for group in groups:
                     answers = found[group.prompt.number]

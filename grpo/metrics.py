@@ -2,11 +2,13 @@
 import resource
 import time
 from collections import Counter
-from math import nan
+from math import isnan, nan
+from statistics import stdev
 
 import torch
 
 from grpo.distributed import reduce
+from grpo.types import Group
 
 
 class Metrics:
@@ -22,9 +24,9 @@ class Metrics:
 
     def add(self, name: str, total, count=None) -> None:
         """`reduced` gives the mean, all totals over all counts; without a count it gives the sum of the totals."""
-        self.totals[name] = self.totals.get(name, 0) + torch.as_tensor(total).detach().double()
+        self.totals[name] = self.totals.get(name, 0) + torch.as_tensor(total, dtype=torch.float64).detach()
         if count is not None:
-            self.counts[name] = self.counts.get(name, 0) + torch.as_tensor(count).double()
+            self.counts[name] = self.counts.get(name, 0) + torch.as_tensor(count, dtype=torch.float64)
 
     def add_tokens(self, values: dict[str, torch.Tensor], which: torch.Tensor) -> None:
         """Means of values (C,), a number a token, over the tokens for which `which` (C,) is true."""
@@ -55,3 +57,24 @@ def peak_memory_mb() -> float:
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def add_rewards(metrics: Metrics, groups: list[Group], rewards: dict) -> None:
+    """What the groups' samples are worth."""
+    samples = [sample for group in groups for sample in group.samples]
+    count = len(samples)
+    metrics.add("reward", sum(one.reward for one in samples), count)
+    metrics.add("accuracy", sum(one.rewards[0] > 0 for one in samples), count)
+    metrics.add("completion_tokens_mean", sum(len(one.tokens) for one in samples), count)
+    metrics.add("truncated_frac", sum(not one.ended for one in samples), count)
+    for place, function in enumerate(rewards):
+        values = [one.rewards[place] for one in samples if not isnan(one.rewards[place])]
+        metrics.add(f"reward/{function.__name__}", sum(values), len(values))
+
+
+def add_groups(metrics: Metrics, groups: list[Group], rewards: dict) -> None:
+    """`add_rewards`, and what only groups of several samples have."""
+    add_rewards(metrics, groups, rewards)
+    metrics.add("completion_tokens_total", sum(len(one.tokens) for group in groups for one in group.samples))
+    metrics.add("reward_std", sum(stdev(one.reward for one in group.samples) for group in groups), len(groups))
+    metrics.add("advantage_zero_groups", sum(not group.has_signal() for group in groups))

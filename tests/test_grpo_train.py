@@ -324,8 +324,10 @@ def test_a_mean_is_over_what_was_counted_and_without_a_count_it_is_a_sum(alone):
         metrics.add("mean", total, count)
         metrics.add("sum", total)
     metrics.add("nothing", 0.0, 0)
+    metrics.add("exact", 2.0**24 + 1)
     metrics.add_tokens({"kl": torch.tensor([1.0, math.nan, 4.0])}, torch.tensor([True, False, True]))
     found = metrics.reduced()
+    assert found["exact"] == 2**24 + 1
     assert found["mean"] == 0.5 and found["sum"] == 4.0 and math.isnan(found["nothing"]) and found["kl"] == 2.5
 
 

@@ -75,4 +75,4 @@ def test_wandb(run):
 
 def test_an_unknown_tracker_is_refused(launch, few, tmp_path):
     code, said = launch("grpo_train.py", *few, "TRACKERS=mlflow", f"OUTPUT_DIR={tmp_path}/run").wait()
-    assert code != 0 and "TRACKERS=['mlflow']: expected csv, tensorboard, wandb" in said
+    assert code != 0 and "TRACKERS=mlflow: expected csv, tensorboard, wandb" in said
