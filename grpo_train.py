@@ -60,7 +60,7 @@ VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
 IS_CAP = 2.0  # upper limit of a token's weight, policy / sampler: the two round differently, vLLM most of all
 
 # Loss
-LOSS_TYPE: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = "grpo"  # how tokens are weighted, see `token_weights`
+LOSS_TYPE: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = "grpo"  # how tokens are weighted
 IMPORTANCE: Literal["token", "sequence"] = "token"  # the ratio of each token, or of the whole sequence (GSPO)
 ADVANTAGE_SCALE: Literal["group", "batch", "none"] = "group"  # whose std divides advantages; "none" for Dr. GRPO
 BETA = 0.005  # beta: weight of the KL penalty; 0 needs no reference server; DeepSeekMath used 0.04

@@ -178,8 +178,8 @@ def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int
     """0 up to max - cache tokens, then down to -1 at max and beyond (DAPO, arXiv 2503.14476, equation 13)."""
     def soft_overlong_punishment_reward(completion_ids, **columns):
         free = max_completion_len - soft_punish_cache
-        over = [max(0, len(ids) - free) for ids in completion_ids]
-        return [-min(1.0, n / soft_punish_cache) if n else 0.0 for n in over]
+        over = [len(ids) - free for ids in completion_ids]
+        return [0.0 if n <= 0 else -1.0 if n > soft_punish_cache else -n / soft_punish_cache for n in over]
     return soft_overlong_punishment_reward
 
 

@@ -61,7 +61,8 @@ def evaluate(rollouts, prompts: list[Prompt], rewards: dict, tokenizer) -> dict[
         return {}
     metrics = Metrics()
     groups = sum(rollouts(prompts[dist.get_rank() :: dist.get_world_size()], 1, 0.0), [])
-    score(groups, rewards, tokenizer)
+    if groups:  # there may be fewer prompts than processes
+        score(groups, rewards, tokenizer)
     add_rewards(metrics, groups, rewards)
     return {f"eval_{name.removeprefix('completion_')}": value for name, value in metrics.reduced().items()}
 

@@ -55,6 +55,7 @@ def fits(policy, count: int, length: int, prompt_length: int, zero_stage: int) -
     except torch.OutOfMemoryError:
         return False
     finally:
+        policy.module.eval()
         for hook in hooks:
             hook.remove()
         for parameter in trained:

@@ -117,7 +117,7 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, body=
             reason = f"{url}{path} answered {answer.status_code}: {said(answer)}"
             if answer.status_code != 503:
                 raise SystemExit(reason)
-            pause = int(answer.headers["Retry-After"])
+            pause = int(answer.headers.get("Retry-After", 1))
         time.sleep(pause)
         now = time.monotonic()
     raise NoAnswer(f"no answer from a reference server at {url}{path} in {patience:.0f} s (start it: "

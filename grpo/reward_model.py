@@ -27,7 +27,7 @@ def reward_model(path: str, device=None, batch_size: int = 16):
 
     @torch.inference_mode()
     def reward(completions, prompts, **columns):
-        both = list(map(whole, prompts, completions, strict=True))
+        both = [whole(*pair) for pair in zip(prompts, completions, strict=True)]
         values = []
         for start in range(0, len(both), batch_size):
             batch = both[start : start + batch_size]

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rewards  # noqa: E402
+from grpo import math_judge  # noqa: E402
 
 COSTLY = {  # mathematics that never ends, or ends in all the memory there is
     "tower of powers": "9^{9^{9^{9}}}",
@@ -96,14 +97,14 @@ def judge(name: str, outcomes: list) -> None:
             right = function in FUNCTIONS[:2] and value > 0
             outcomes.append((time.monotonic() - start, right, name, function.__name__))
     good = "<think>a</think><answer>0.5</answer>"
-    rewards.is_equal.cache_clear()
+    math_judge.is_equal.cache_clear()
     if rewards.reward_correct([good], answer=["\\sqrt{4}/4"]) != [1.0]:
         outcomes.append((0.0, True, name, "the next completion was not judged as usual"))
 
 
 def main(threads: int, names) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rewards.ask_judge("1", "1")  # starts the process that imports math-verify, two seconds, once in a run
+    math_judge.ask_judge("1", "1")  # starts the process that imports math-verify, two seconds, once in a run
     outcomes = []
     for name in names:
         started = [threading.Thread(target=judge, args=(name, outcomes)) for _ in range(threads)]

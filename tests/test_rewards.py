@@ -154,8 +154,8 @@ def running(group: int) -> list[str]:
 
 def test_no_judge_outlives_a_killed_trainer():
     code = (
-        "import threading, rewards; from grpo import math_judge; assert rewards.ask_judge('1/2', '2/4')\n"
-        "threading.Thread(target=rewards.ask_judge, args=('5', '1000000000!')).start()\n"
+        "import threading; from grpo import math_judge; assert math_judge.ask_judge('1/2', '2/4')\n"
+        "threading.Thread(target=math_judge.ask_judge, args=('5', '1000000000!')).start()\n"
         "print(math_judge.nursery[0].pid, flush=True)"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -173,7 +173,7 @@ def test_no_judge_outlives_a_killed_trainer():
 
 
 def test_the_judge_gets_ready_before_its_first_question():
-    assert rewards.ask_judge("1", "1")
+    assert math_judge.ask_judge("1", "1")
     os.killpg(math_judge.nursery[0].pid, signal.SIGKILL)
     math_judge.nursery[0].wait(5)
     check_rewards([reward_correct], {"answer": ["3"]})
@@ -184,20 +184,20 @@ def test_the_judge_gets_ready_before_its_first_question():
 
 
 def test_a_nursery_that_was_killed_is_replaced():
-    assert rewards.ask_judge("1/2", "2/4")
+    assert math_judge.ask_judge("1/2", "2/4")
     os.killpg(math_judge.nursery[0].pid, signal.SIGKILL)
     math_judge.nursery[0].wait(5)
-    assert rewards.ask_judge("1/2", "2/4")
+    assert math_judge.ask_judge("1/2", "2/4")
 
 
 def test_a_right_answer_is_not_lost_when_the_machine_stalls():
-    assert rewards.ask_judge("1", "1")
+    assert math_judge.ask_judge("1", "1")
     group, verdicts, end = math_judge.nursery[0].pid, [], threading.Event()
 
     def ask():
         while not end.is_set():
             root = len(verdicts) + 2
-            verdicts.append(rewards.ask_judge(rf"\sqrt{{{root**2}}}/4", f"{root}/4"))
+            verdicts.append(math_judge.ask_judge(rf"\sqrt{{{root**2}}}/4", f"{root}/4"))
 
     asking = threading.Thread(target=ask)
     asking.start()
