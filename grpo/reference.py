@@ -163,6 +163,7 @@ def check_server(url: str, model, name: str, ids: list[int]) -> None:
     if health["dtype"] != (dtype := str(model.dtype).removeprefix("torch.")):
         print(f"the reference server at {url} computes in {health['dtype']}, the policy in {dtype}: the KL starts "
               "above 0 (set DTYPE for one of them)", flush=True)
+    ids = ids if len(ids) > 1 else 2 * ids
     row = [torch.tensor(numbers, device=model.device) for numbers in (ids, [1], [len(ids) - 1])]
     difference = float("inf")
     if health["vocab_size"] == model.config.get_text_config().vocab_size:

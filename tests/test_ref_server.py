@@ -255,6 +255,7 @@ def test_server_agrees_with_plain_transformers(tiny, server):
     assert [len(row) for row in answer] == rows[2].tolist()
     assert (torch.cat(answer) - expected).abs().max() < 2e-4
     check_server(server, model, "tiny", list(range(20)))
+    check_server(server, model, "tiny", [5])  # a prompt of a single token
 
 
 def test_server_says_what_it_holds(server, tiny_folder):
