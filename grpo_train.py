@@ -32,7 +32,7 @@ from grpo.policy import Policy, dtype_called
 from grpo.reference import Reference, check_servers
 from grpo.report import Log, trackers
 from grpo.sampling import open_sampler
-from grpo.types import Group, MicroBatch
+from grpo.types import Group, MicroBatch, samples_of
 from rewards import check_rewards, columns_of, load_rewards, reward_correct, reward_format, score
 
 # Model and data
@@ -128,7 +128,7 @@ def set_advantages(groups: list[Group], rewards: dict) -> None:
     weight times the sum of the rewards, normalised over all steps of the group, of the steps that end at or after the
     token: process supervision, DeepSeekMath, section 4.1.3.
     """
-    outcomes = [one.outcome for group in groups for one in group.samples]
+    outcomes = [one.outcome for one in samples_of(groups)]
     batch_std = distributed.std(outcomes) if ADVANTAGE_SCALE == "batch" else None
     for group in groups:
         outcomes = group_advantages([one.outcome for one in group.samples], batch_std)
@@ -149,7 +149,7 @@ def set_token_weights(groups: list[Group]) -> None:
     dr_grpo: 1 / (MAX_COMPLETION_TOKENS * completions), no preference for short ones (arXiv 2503.20783, section 3.2).
     dapo, bnpo, cispo: 1 / (tokens of the step), the mean over all of them (DAPO, arXiv 2503.14476, eq. 12).
     """
-    samples = [one for group in groups for one in group.samples if one.ended or not MASK_TRUNCATED]
+    samples = [one for one in samples_of(groups) if one.ended or not MASK_TRUNCATED]
     completions = PROMPTS_PER_STEP * GROUP_SIZE
     tokens_in_step = distributed.reduce([sum(len(one.tokens) for one in samples)])[0]
     divisors = {"dr_grpo": MAX_COMPLETION_TOKENS * completions}

@@ -22,7 +22,7 @@ from grpo.answers import clean, extract_answer, gold_answer, last_latex
 from grpo.constants import require
 from grpo.math_judge import LONGEST_ANSWER, get_ready, is_equal, is_mathematics
 from grpo.reward_model import reward_model  # noqa: F401: one of the functions
-from grpo.types import Group, Prompt, tokens_until
+from grpo.types import Group, Prompt, samples_of, tokens_until
 
 TAGS = "<think>", "</think>", "<answer>", "</answer>"
 
@@ -243,7 +243,7 @@ def score(groups: list[Group], rewards: dict, tokenizer) -> None:
 
     A function of weight 0 is only logged.
     """
-    samples = [sample for group in groups for sample in group.samples]
+    samples = samples_of(groups)
     for sample in samples:
         sample.text = tokenizer.decode(sample.tokens[: -1 if sample.ended else None])
     prompts = [sample.prompt for sample in samples]

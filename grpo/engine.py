@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from grpo.constants import require
 from grpo.distributed import largest
-from grpo.types import Group, MicroBatch, Sample, in_batches, micro_batch
+from grpo.types import Group, MicroBatch, Sample, in_batches, micro_batch, samples_of
 
 
 def start_engine(module, config: dict):
@@ -30,7 +30,7 @@ def make_batches(groups: list[Group], spare: Sample, budget: int, device) -> lis
     A backward pass may be a collective operation, so every process makes as many: those with fewer micro-batches fill
     up with the `spare` sample at weight zero.
     """
-    batches = in_batches([sample for group in groups for sample in group.samples], budget)
+    batches = in_batches(samples_of(groups), budget)
     spare = replace(spare, weight=0.0, ref_logps=None)
     batches += [[spare]] * (max(1, int(largest(len(batches)))) - len(batches))
     return [micro_batch(samples, device) for samples in batches]

@@ -104,7 +104,7 @@ def complete_all(name: str, rewards: dict) -> dict[int, list[dict]]:
     are the completions; vLLM, which takes the weights over for each block, gets one for each process.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    policy = Policy(name, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE, TEMPERATURE)
+    policy = Policy(name, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE)
     prompts = load_prompts(EVAL_DATASET, policy.tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN)
     check_rewards(rewards, columns_of(prompts))
     rollouts = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)

@@ -8,7 +8,7 @@ from statistics import stdev
 import torch
 
 from grpo.distributed import reduce
-from grpo.types import Group
+from grpo.types import Group, samples_of
 
 
 class Metrics:
@@ -61,7 +61,7 @@ def peak_memory_mb() -> float:
 
 def add_rewards(metrics: Metrics, groups: list[Group], rewards: dict) -> None:
     """What the groups' samples are worth."""
-    samples = [sample for group in groups for sample in group.samples]
+    samples = samples_of(groups)
     count = len(samples)
     metrics.add("reward", sum(one.reward for one in samples), count)
     metrics.add("accuracy", sum(one.rewards[0] > 0 for one in samples), count)
@@ -75,6 +75,6 @@ def add_rewards(metrics: Metrics, groups: list[Group], rewards: dict) -> None:
 def add_groups(metrics: Metrics, groups: list[Group], rewards: dict) -> None:
     """`add_rewards`, and what only groups of several samples have."""
     add_rewards(metrics, groups, rewards)
-    metrics.add("completion_tokens_total", sum(len(one.tokens) for group in groups for one in group.samples))
+    metrics.add("completion_tokens_total", sum(len(one.tokens) for one in samples_of(groups)))
     metrics.add("reward_std", sum(stdev(one.reward for one in group.samples) for group in groups), len(groups))
     metrics.add("advantage_zero_groups", sum(not group.has_signal() for group in groups))

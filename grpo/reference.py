@@ -25,7 +25,7 @@ from safetensors.torch import load, save, save_file
 from grpo.checkpoint import merged
 from grpo.metrics import Metrics
 from grpo.policy import token_logps
-from grpo.types import Group, MicroBatch, Sample, in_batches, pack
+from grpo.types import Group, MicroBatch, Sample, in_batches, pack, samples_of
 
 turn = itertools.count(int(os.environ.get("RANK", 0)))  # which server is next
 silent_until = {}  # servers that did not answer are left out for a while
@@ -47,7 +47,7 @@ class Reference:
 
     def request(self, groups: list[Group]) -> None:
         """From now on the servers work on the `ref_logps` of the groups' samples."""
-        for samples in in_batches([sample for group in groups for sample in group.samples], self.tokens):
+        for samples in in_batches(samples_of(groups), self.tokens):
             for sample in samples:
                 sample.ref_logps = Future()
             self.threads.submit(self.fill, samples)

@@ -48,6 +48,10 @@ class Group:
         return len(outcomes) > 1 or any(len({reward for _, reward in sum(steps, [])}) > 1 for steps in functions)
 
 
+def samples_of(groups: list[Group]) -> list[Sample]:
+    return [sample for group in groups for sample in group.samples]
+
+
 @dataclass(eq=False)
 class MicroBatch:
     """B samples for one forward and backward pass, their C completion tokens one after the other."""
