@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from grpo import checkpoint, distributed
-from grpo.constants import constants_of, override_constants, require
+from grpo.constants import Over, constants_of, override_constants, require
 from grpo.data import load_prompts, pick
 from grpo.engine import gradient_norm, make_batches, set_lr, start_engine, was_applied
 from grpo.evaluate import evaluate
@@ -32,12 +32,14 @@ from grpo.policy import Policy, dtype_called
 from grpo.reference import Reference, check_servers
 from grpo.report import Log, trackers
 from grpo.sampling import open_sampler
+from grpo.scoring import Reward, check_rewards, load_rewards, score
 from grpo.types import Group, MicroBatch, samples_of
-from rewards import check_rewards, columns_of, load_rewards, reward_correct, reward_format, score
+from rewards import reward_correct, reward_format
 
 # Model and data
 MODEL = "examples/arithmetic/model"  # local folder or hub name
 DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either by name. AdamW's states are float32 always
+TRUST_REMOTE_CODE = False  # True runs the Python files of MODEL, if it has any
 DATASET = "examples/arithmetic/train.jsonl"  # .jsonl, .parquet, or hub name[:config[:split]]
 EVAL_DATASET = "examples/arithmetic/heldout.jsonl"  # never trained on
 QUESTION_COLUMN = "question"  # holds the problem, in both data sets; MATH has it in "problem"
@@ -45,19 +47,19 @@ SYSTEM_PROMPT = "First reason between <think> and </think>, then give the answer
 REWARDS = [reward_correct, reward_format]  # or (function, weight); added up; the first, above 0, counts as accuracy
 REF_SERVER = "http://127.0.0.1:59875"  # several, separated by commas, share the work
 OUTPUT_DIR = "runs/arithmetic"
-SEED = 0
+SEED: Over(-1, 2**31 - 1) = 0
 
 # Sampling
 STEPS = 60  # updates
-PROMPTS_PER_STEP = 16  # of the whole job, all processes together
-GROUP_SIZE = 8  # G: completions for each prompt; more of them, better advantages: 8 to 64
+PROMPTS_PER_STEP: Over(0) = 16  # of the whole job, all processes together
+GROUP_SIZE: Over(1) = 8  # G: completions for each prompt; more of them, better advantages: 8 to 64
 MAX_PROMPT_TOKENS = 128  # longer prompts are left out
-MAX_COMPLETION_TOKENS = 64  # 512 for GSM8K, thousands for competition mathematics
+MAX_COMPLETION_TOKENS: Over(0) = 64  # 512 for GSM8K, thousands for competition mathematics
 MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
-TEMPERATURE = 1.0  # of sampling and of every log-prob; below 1 explores less
+TEMPERATURE: Over(0) = 1.0  # of sampling and of every log-prob; below 1 explores less
 SAMPLER: Literal["auto", "transformers", "graph", "vllm"] = "auto"  # on a GPU "graph", if the model allows
 VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
-IS_CAP = 2.0  # upper limit of a token's weight, policy / sampler: the two round differently, vLLM most of all
+IS_CAP: Over(0) = 2.0  # upper limit of a token's weight, policy / sampler: the two round differently, vLLM most of all
 
 # Loss
 LOSS_TYPE: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = "grpo"  # how tokens are weighted
@@ -65,11 +67,11 @@ IMPORTANCE: Literal["token", "sequence"] = "token"  # the ratio of each token, o
 ADVANTAGE_SCALE: Literal["group", "batch", "none"] = "group"  # whose std divides advantages; "none" for Dr. GRPO
 BETA = 0.005  # beta: weight of the KL penalty; 0 needs no reference server; DeepSeekMath used 0.04
 REF_SYNC_EVERY = 0  # steps after which the reference becomes the policy (iterative GRPO); 0 leaves it frozen
-REF_MIXUP_ALPHA = 1.0  # or mixes with it: alpha * policy + (1 - alpha) * reference
+REF_MIXUP_ALPHA: Over(0, 1) = 1.0  # or mixes with it: alpha * policy + (1 - alpha) * reference
 CLIP_LOW = 0.2  # the ratio is clipped to 1 - CLIP_LOW ...
 CLIP_HIGH = 0.2  # ... 1 + CLIP_HIGH; DAPO: 0.28
 ENTROPY_BONUS = 0.0  # weight of the entropy; 0.001 keeps a policy from settling too early
-UPDATES_PER_BATCH = 1  # AdamW steps on each batch; only with more of them is there anything to clip
+UPDATES_PER_BATCH: Over(0) = 1  # AdamW steps on each batch; only with more of them is there anything to clip
 DROP_EQUAL_GROUPS = True  # leaves out groups whose rewards are all equal, and their KL term with them, to save time
 MASK_TRUNCATED = False  # completions that were cut off teach nothing (DAPO's overlong filtering)
 
@@ -77,7 +79,7 @@ MASK_TRUNCATED = False  # completions that were cut off teach nothing (DAPO's ov
 LR = 5e-5  # 1e-6 for pre-trained models with full fine-tuning
 WARMUP_STEPS = 10  # linear; without it Adam's first steps can ruin the model
 MAX_GRAD_NORM = 1.0
-MAX_SKIPPED_STEPS = 5  # in a row, because their gradients are not finite; then the run ends
+MAX_SKIPPED_STEPS: Over(0) = 5  # in a row, because their gradients are not finite; then the run ends
 MICRO_BATCH_TOKENS = 8192  # of one forward and backward pass, with padding; halved at the start until the longest rows
 # fit. It changes memory, not the update: without checkpointing 1.5B parameters keep 2 MB of activations a token
 GRADIENT_CHECKPOINTING = False  # less memory for activations, a third more time
@@ -110,18 +112,20 @@ DS_CONFIG = {
 def group_advantages(rewards: list[float], batch_std: float | None = None) -> torch.Tensor:
     """(r - mean) / (std + 1e-4) of a group's rewards (G,), sample standard deviation; DeepSeekMath, section 4.1.2.
 
+    NaN, to which no reward function applies, counts for neither mean nor std, and has no advantage.
     `batch_std` takes the place of the group's; with ADVANTAGE_SCALE "none" nothing divides (Dr. GRPO, 2503.20783).
     """
     rewards = torch.tensor(rewards, dtype=torch.float64)
-    if len(rewards.unique()) < 2:
+    judged = rewards[~rewards.isnan()]
+    if len(judged.unique()) < 2:
         return torch.zeros_like(rewards)  # exactly, whatever the rounding of the mean
-    advantages = rewards - rewards.mean()  # section 4.1.2: r - mean
+    advantages = rewards - judged.mean()  # section 4.1.2: r - mean
     if ADVANTAGE_SCALE != "none":
-        advantages /= (rewards.std() if batch_std is None else batch_std) + 1e-4  # section 4.1.2: std
-    return advantages
+        advantages /= (judged.std() if batch_std is None else batch_std) + 1e-4  # section 4.1.2: std
+    return advantages.nan_to_num()
 
 
-def set_advantages(groups: list[Group], rewards: dict) -> None:
+def set_advantages(groups: list[Group], rewards: list[Reward]) -> None:
     """Sets the advantage of each token (T,) of the groups' samples.
 
     That of the completion's `outcome`, normalised in the group; and for each reward function that judges steps its
@@ -134,11 +138,11 @@ def set_advantages(groups: list[Group], rewards: dict) -> None:
         outcomes = group_advantages([one.outcome for one in group.samples], batch_std)
         for one, advantage in zip(group.samples, outcomes.tolist()):
             one.advantages = torch.full((len(one.tokens),), advantage)  # section 4.1.2: A, the same for all tokens
-        for place, weight in enumerate(rewards.values()):
+        for place, reward in enumerate(rewards):
             steps = [(one, *step) for one in group.samples for step in one.steps[place]]  # section 4.1.3: R
-            advantages = group_advantages([reward for _, _, reward in steps])
+            advantages = group_advantages([value for _, _, value in steps])
             for (one, end, _), advantage in zip(steps, advantages.tolist()):
-                one.advantages[:end] += weight * advantage  # section 4.1.3: sum over index(j) >= t
+                one.advantages[:end] += reward.weight * advantage  # section 4.1.3: sum over index(j) >= t
 
 
 def set_token_weights(groups: list[Group]) -> None:
@@ -204,21 +208,18 @@ def teaching(groups: list[Group]) -> list[Group]:
 
 def main():
     rank, world = distributed.start()
-    shared = PROMPTS_PER_STEP > 0 and PROMPTS_PER_STEP % world == 0
-    require(shared, f"{PROMPTS_PER_STEP=}: cannot be shared equally by {world} processes")
-    require(GROUP_SIZE > 1, f"{GROUP_SIZE=}: a group needs at least 2 completions to compare")
-    require(UPDATES_PER_BATCH > 0, f"{UPDATES_PER_BATCH=}: a batch is for one update at least")
+    require(PROMPTS_PER_STEP % world == 0, f"{PROMPTS_PER_STEP=}: cannot be shared equally by {world} processes")
     require(BETA or not REF_SYNC_EVERY, f"{REF_SYNC_EVERY=}: with BETA=0 there is no reference")
-    require(0 < REF_MIXUP_ALPHA <= 1, f"{REF_MIXUP_ALPHA=}: expected above 0, up to 1")
+    require(MIN_COMPLETION_TOKENS <= MAX_COMPLETION_TOKENS, f"{MIN_COMPLETION_TOKENS=} is over the maximum")
     last, start = checkpoint.begin(OUTPUT_DIR, constants_of(__name__) | {"PROCESSES": world}, RESUME)
     policy = Policy(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE, TEMPERATURE, LORA_RANK, SEED,
-                    GRADIENT_CHECKPOINTING)
+                    GRADIENT_CHECKPOINTING, TRUST_REMOTE_CODE)
     tokenizer, rewards = policy.tokenizer, load_rewards(REWARDS)
     settings = tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN
     train = load_prompts(DATASET, *settings)
     heldout = load_prompts(EVAL_DATASET, *settings) if EVAL_EVERY and EVAL_DATASET else []
-    for prompts in filter(None, (train, heldout)):
-        check_rewards(rewards, columns_of(prompts))
+    check_rewards(rewards, train, heldout)
+    checkpoint.rehearse(policy, OUTPUT_DIR)
     longest, samples = max(len(prompt.ids) for prompt in train), PROMPTS_PER_STEP * GROUP_SIZE // world
     tokens = fitting_tokens(policy, MICRO_BATCH_TOKENS, longest, MAX_COMPLETION_TOKENS, samples, ZERO_STAGE)
     reference = Reference(REF_SERVER, TEMPERATURE, tokens) if BETA else None
@@ -236,7 +237,7 @@ def main():
     distributed.stop_at_signals()
 
     for step in range(last + 1, STEPS + 1):  # algorithm 1: M
-        metrics = Metrics()
+        metrics = Metrics(step, STEPS)
 
         # 1. This process's prompts. The step alone fixes them and their seeds, so resuming needs no data state.
         numbers = range((step - 1) * PROMPTS_PER_STEP, step * PROMPTS_PER_STEP)[rank::world]
@@ -248,7 +249,7 @@ def main():
         # eq. 3: G outputs for each question
         for finished in rollouts(prompts, GROUP_SIZE, TEMPERATURE, seeds, MIN_COMPLETION_TOKENS):
             metrics.lap("sample")
-            score(finished, rewards, tokenizer)
+            score(finished, rewards, tokenizer, metrics)
             if reference:
                 reference.request(teaching(finished))
             groups += finished

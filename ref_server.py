@@ -31,13 +31,14 @@ import waitress
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 
-from grpo.constants import override_constants
+from grpo.constants import Over, override_constants
 from grpo.policy import batched_logps, load_model
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name: the model that the policy starts from
 DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either of them by name, as the trainer's
+TRUST_REMOTE_CODE = False  # True runs the Python files of MODEL, if it has any
 HOST = "127.0.0.1"  # any other address needs REF_TOKEN in the environment, here and at the trainer
-PORT = 59875
+PORT: Over(-1, 65535) = 59875
 BATCH_TOKENS = 16384  # tokens of one forward pass, padding counted; halved by itself when the GPU is too small
 MAX_BODY_MB = 64  # largest request; a larger one is refused before it is read
 PLACES = 24  # requests in work or waiting, of the server's 32 threads; one more is told to come again
@@ -118,7 +119,8 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
 
     def answer_rows(body, temperature, reference):  # in one thread: a body is in memory when its turn has come
         here, rows = served["reference"], read_rows(body.read(), **sizes)
-        expect(reference in (None, here), f"the reference here is {here or name}: does another run use it?", 409)
+        other = f"the reference here is {here or name}: restart the server, unless another run uses it"
+        expect(reference in (None, here), other, 409)
         try:
             return batched_logps(model, *rows, temperature, BATCH_TOKENS)
         except torch.OutOfMemoryError:
@@ -178,7 +180,7 @@ def main():
         listener = socket.create_server((HOST, PORT), backlog=1024)  # before the model is loaded, to fail at once
     except OSError as error:
         raise SystemExit(f"cannot listen on {HOST}:{PORT}: {error.strerror} (choose another with PORT=...)")
-    model, _ = load_model(MODEL, dtype=DTYPE)
+    model, _ = load_model(MODEL, dtype=DTYPE, trust_remote_code=TRUST_REMOTE_CODE)
     if model.device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the trainer may be on the same cores
     server = waitress.create_server(

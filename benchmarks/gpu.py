@@ -22,7 +22,7 @@ from grpo.attention import pack_attention
 from grpo.fused import fuse
 from grpo.policy import token_logps
 from grpo.sampling import graph as graph_sampler
-from grpo.sampling.transformers import sample
+from grpo.sampling import sample
 
 PROMPT, ROWS = 128, 64
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -71,7 +71,7 @@ def speed(model, tokens: int, tflops: float, update) -> dict[str, float]:
 
     def decode(count, decoder):
         sample(model, prompts, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=list(range(len(prompts))),
-               decoder=decoder)
+               decode=decoder)
 
     config = model.config
     size = 2 * config.num_key_value_heads * config.hidden_size / config.num_attention_heads  # of a token in a layer

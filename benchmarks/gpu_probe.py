@@ -70,7 +70,7 @@ def shape(name):
     import gpu
     from grpo import policy
     from grpo.sampling import graph
-    from grpo.sampling.transformers import sample
+    from grpo.sampling import sample
     sections = {"0.5b": (benchmark,), "1.5b": (benchmark, training, profile)}[name]
     say(f"{name} imports", seconds=time.time() - START, device=torch.cuda.get_device_name() if CUDA else "cpu")
     for section in sections:
@@ -132,7 +132,7 @@ def profile(name):
 
     def draw():
         sample(model, [[5] * 128] * 8, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=range(8),
-                decoder=graph.decode)
+                decode=graph.decode)
 
     def cost(event):  # microseconds
         return event.self_device_time_total if CUDA else event.self_cpu_time_total

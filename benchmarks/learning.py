@@ -48,9 +48,11 @@ def trl(until: float) -> dict:
 
     from grpo.data import load_prompts
     from grpo.policy import load_model, stop_ids
-    from grpo.sampling.transformers import rollouts
+    from grpo.sampling import rollouts
     from grpo_train import SYSTEM_PROMPT
-    from rewards import load_rewards, reward_correct, reward_format, score
+    from grpo.metrics import Metrics
+    from grpo.scoring import load_rewards, score
+    from rewards import reward_correct, reward_format
 
     torch.set_num_threads(os.cpu_count())
     model, tokenizer = load_model(MODEL)
@@ -59,7 +61,7 @@ def trl(until: float) -> dict:
 
     def judge(model):
         groups = sum(rollouts(model, heldout, 1, temperature=0, max_tokens=64, stop=stop_ids(model, tokenizer)), [])
-        score(groups, rewards, tokenizer)
+        score(groups, rewards, tokenizer, Metrics())
         return statistics.fmean(group.samples[0].rewards[0] > 0 for group in groups)
 
     history = []

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from grpo.policy import load_model, stop_ids
 from grpo.sampling import graph as graph_sampler
-from grpo.sampling.transformers import sample
+from grpo.sampling import sample
 
 PROMPTS, TOKENS = 4, 64
 
@@ -44,10 +44,10 @@ def main(vocab="512", rounds="5") -> None:
         answers = model.generate_batch(inputs=repeated, generation_config=config, progress_bar=False)
         return [answer.generated_tokens for answer in answers.values()]
 
-    def own(decoder=None):
+    def own(decode=None):
         return [completion.tokens for completion in sample(
             model, prompts, compare.GROUP, max_tokens=TOKENS, min_tokens=TOKENS + 1, stop=stop_ids(model, tokenizer),
-            seeds=list(range(PROMPTS)), decoder=decoder)]
+            seeds=list(range(PROMPTS)), decode=decode)]
 
     ways = {
         "SAMPLER=transformers": own,

@@ -1,6 +1,6 @@
 """What a run keeps, so that the same command continues it as if it had never been interrupted.
 
-    OUTPUT_DIR/run.json      the constants that it was started with
+    OUTPUT_DIR/run.json      the constants that it was started with, and what identifies the data
     OUTPUT_DIR/index.html    a page to watch it: python -m http.server -d OUTPUT_DIR
     OUTPUT_DIR/step_N/       model and tokenizer for `from_pretrained`, LoRA's adapters merged, and alone in adapter/;
                              a model card in README.md, with reward.png;
@@ -11,21 +11,27 @@ model card comes after that, since it takes half a second and nothing depends on
 Everything random in a step follows from SEED and the step's number: there is no other state.
 """
 import copy
+import fcntl
 import json
 import os
 import secrets
 import shutil
+import socket
 from pathlib import Path
 
 import torch.distributed as dist
 from safetensors import SafetensorError
+from transformers.utils import cached_file
 
 from grpo import report
 from grpo.constants import require
+from grpo.data import digests
 from grpo.distributed import from_first
+from grpo.scoring import name_of
 
 MAY_CHANGE = ("OUTPUT_DIR RESUME STEPS SAVE_EVERY EVAL_EVERY KEEP_CHECKPOINTS REF_SERVER "
               "MICRO_BATCH_TOKENS GRADIENT_CHECKPOINTING TRACKERS DS_CONFIG").split()
+PROCESSOR_FILES = "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"
 
 
 def complete(folder: str) -> list[int]:
@@ -40,6 +46,7 @@ def begin(folder: str, constants: dict, resume: bool) -> tuple[int, str]:
     Returns the step after which the run goes on, and a name for this start of it. SystemExit if the folder holds a run
     with other constants, or if a process, on another machine perhaps, does not see it.
     """
+    require(folder, "OUTPUT_DIR is empty: name a folder")
     last = prepare(Path(folder), constants, resume) if dist.get_rank() == 0 else 0
     last, start = from_first((last, secrets.token_hex(6)))
     require((Path(folder) / "run.json").exists(),
@@ -50,28 +57,66 @@ def begin(folder: str, constants: dict, resume: bool) -> tuple[int, str]:
 def prepare(path: Path, constants: dict, resume: bool) -> int:
     """The first process's part of `begin`: removes what the run wrote after its last checkpoint, whose step it gives.
     """
+    constants |= digests({name: constants.get(name, "") for name in ("DATASET", "EVAL_DATASET")})
     fixed = [name for name in constants if name not in MAY_CHANGE]
     constants = {name: constants[name] for name in constants if name in [*fixed, "STEPS"]}
-    now = json.loads(json.dumps(constants, default=lambda function: function.__name__))
+    now = json.loads(json.dumps(constants, default=name_of))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock(path)
+    except OSError as error:
+        raise SystemExit(f"OUTPUT_DIR={path} cannot be written: {error}") from error
     if (path / "metrics.jsonl").exists():
         before = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
         changed = [f"{name}={before.get(name)} there" for name in fixed if before.get(name, now[name]) != now[name]]
         hint = "; ".join(changed[:3]) or "RESUME=True continues it"
         require(resume and not changed, f"OUTPUT_DIR={path} holds another run: choose another ({hint})")
+    last = max([0, *complete(path)])
+    require(not last or (path / f"step_{last}/state").is_dir(), f"{path}/step_{last} has no state/ to continue from: "
+            f"move it away to continue from an earlier step, or begin a new run with MODEL={path}/step_{last}")
     try:
-        path.mkdir(parents=True, exist_ok=True)
         replace(path / "run.json", json.dumps(now, indent=1))
         shutil.copy(Path(__file__).with_name("page.html"), path / "index.html")
     except OSError as error:
         raise SystemExit(f"OUTPUT_DIR={path} cannot be written: {error}") from error
     for leftover in path.glob("step_*.unfinished"):
         shutil.rmtree(leftover)
-    last = max([0, *complete(path)])
     if (reference := path / f"step_{last}/state/reference.safetensors").exists():
         shutil.copy(reference, path)
     for name in "metrics", "completions":
         cut(path / f"{name}.jsonl", last)
     return last
+
+
+def lock(path: Path) -> None:
+    """Keeps other runs out of the folder until this process ends, however it ends; or SystemExit names the other."""
+    file = os.open(path / ".lock", os.O_RDWR | os.O_CREAT)  # never closed, because that would give the lock back
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise SystemExit(f"OUTPUT_DIR={path} is in use by {os.read(file, 200).decode()}: end that run, or choose "
+                         "another folder") from None
+    os.truncate(file, os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0))
+
+
+def rehearse(policy, folder: str) -> None:
+    """SystemExit for what would make the first save fail: files that transformers refuses to write, a full disk."""
+    if dist.get_rank() > 0:
+        return
+    trial, model = Path(folder) / "step_0.unfinished", policy.model
+    try:
+        model.config.save_pretrained(trial)
+        model.generation_config.save_pretrained(trial)
+        save_tokenizer(policy, trial)
+    except Exception as error:  # whatever they do not like
+        raise SystemExit(f"MODEL={policy.path} cannot be saved by transformers: {error}") from error
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    needed = sum(parameter.nbytes + parameter.requires_grad * (parameter.nbytes + 12 * parameter.numel())
+                 for parameter in model.parameters())
+    free = shutil.disk_usage(folder).free
+    require(free > needed, f"OUTPUT_DIR={folder} has room for {free / 1e9:.1f} GB, a checkpoint takes up to "
+                           f"{needed / 1e9:.1f} GB: choose another disk, or LORA_RANK")
 
 
 def cut(path: Path, last: int) -> None:
@@ -101,7 +146,7 @@ def save(engine, policy, folder: str, step: int, keep: int) -> None:
         engine.save_checkpoint(str(unfinished), tag="state", save_latest=False)
         with policy.gathered():
             if first:
-                write(unfinished, policy.model, policy.tokenizer)
+                write(unfinished, policy)
         if first:
             os.replace(unfinished, final)
             for old in complete(folder)[:-keep] if keep else []:
@@ -118,17 +163,29 @@ def save(engine, policy, folder: str, step: int, keep: int) -> None:
             print(f"{final.name}: the model card is not whole: {error!r}", flush=True)
 
 
-def write(unfinished: Path, model, tokenizer) -> None:
+def write(unfinished: Path, policy) -> None:
     """The part of a checkpoint that one process writes for all of them."""
-    plain, reference = merged(model), unfinished.parent / "reference.safetensors"
+    plain, reference = merged(policy.model), unfinished.parent / "reference.safetensors"
     plain.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    if plain is not model:
-        model.save_pretrained(unfinished / "adapter")
+    save_tokenizer(policy, unfinished)
+    if plain is not policy.model:
+        policy.model.save_pretrained(unfinished / "adapter")
     if reference.exists():
         shutil.copy(reference, unfinished / "state")
 
 
+def save_tokenizer(policy, folder: Path) -> None:
+    """The tokenizer, and of a vision-language checkpoint the files of its processor."""
+    policy.tokenizer.save_pretrained(folder)
+    for name in PROCESSOR_FILES:
+        if found := cached_file(policy.path, name, _raise_exceptions_for_missing_entries=False):
+            shutil.copy(found, folder)
+
+
 def load(engine, folder: str, step: int) -> None:
-    """Weights and optimizer as they were after the step."""
-    engine.load_checkpoint(f"{folder}/step_{step}", tag="state", load_lr_scheduler_states=False)
+    """Weights and optimizer as they were after the step. SystemExit if a part of them is missing or broken."""
+    try:
+        engine.load_checkpoint(f"{folder}/step_{step}", tag="state", load_lr_scheduler_states=False)
+    except Exception as error:  # DeepSpeed asserts, and torch and pickle have errors of their own
+        raise SystemExit(f"{folder}/step_{step}/state is not whole: {type(error).__name__} {error} (move step_{step} "
+                         "away to continue from an earlier step)") from error

@@ -1,6 +1,8 @@
 """The upper-case names at the top of a script: set for one run as NAME=value, checked before anything starts."""
 import sys
+from dataclasses import dataclass
 from inspect import get_annotations
+from math import inf
 from typing import get_args
 
 
@@ -8,6 +10,19 @@ def require(condition, sentence: str) -> None:
     """SystemExit with the sentence if the condition does not hold."""
     if not condition:
         raise SystemExit(sentence)
+
+
+@dataclass(frozen=True)
+class Over:
+    """Annotates a constant that has to be over `low`, and at most `high`. Without an annotation 0 is the least."""
+    low: float
+    high: float = inf
+
+    def __contains__(self, value) -> bool:
+        return self.low < value <= self.high
+
+    def __str__(self) -> str:
+        return f"a number over {self.low}" + f", up to {self.high}" * (self.high < inf)
 
 
 def constants_of(module: str) -> dict:
@@ -18,7 +33,8 @@ def constants_of(module: str) -> dict:
 def override_constants(module: str, arguments: list[str]) -> None:
     """Sets a module's constants from NAME=value arguments, of the same type as the default.
 
-    SystemExit at an unknown name, another type, or a value that is not in the constant's `Literal[...]`, if it has one.
+    SystemExit at an unknown name, another type, or a value that the constant's annotation, `Literal[...]` or `Over`,
+    does not allow.
     """
     valid, allowed = constants_of(module), get_annotations(sys.modules[module])
     for argument in arguments:
@@ -32,7 +48,11 @@ def override_constants(module: str, arguments: list[str]) -> None:
             valid[name] = read(text)
         except (ValueError, KeyError):
             raise SystemExit(f"{name}={text}: expected {kind.__name__}, as in {name}={valid[name]}") from None
-    for name, values in allowed.items():
-        value, values = valid[name], get_args(values)
-        require(value in values, f"{name}={value}: expected one of {', '.join(map(str, values))}")
+    for name, value in valid.items():
+        limits = allowed.get(name)
+        if choices := get_args(limits):
+            require(value in choices, f"{name}={value}: expected one of {', '.join(map(str, choices))}")
+        elif type(value) in (int, float):
+            right = value in limits if limits else value >= 0
+            require(right, f"{name}={value}: expected {limits or 'a number, 0 or above'}")
     vars(sys.modules[module]).update(valid)

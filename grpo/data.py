@@ -1,45 +1,92 @@
 """Data sets: from rows of a file or of the hub to prompts."""
+import hashlib
 import json
+import os
 import random
+import re
 from functools import lru_cache
 
 from jinja2 import TemplateError
 
+from grpo.constants import require
 from grpo.types import Prompt
 
 
 def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, question="question") -> list[Prompt]:
-    """The rows of a .jsonl or .parquet file, or of a hub data set (`name[:config[:split]]`), as prompts.
+    """The rows of a data set, see `read`, as prompts. Those over `max_tokens` are left out and counted.
 
     A row has the column `question`, put behind the system prompt in the chat template, or `prompt`: a string, used as
-    it is, or chat messages. Prompts over `max_tokens` are left out and counted. SystemExit says what is wrong.
+    it is, or chat messages, of which a last one of the assistant is continued. SystemExit says what is wrong.
     """
+    require(name, "DATASET is empty: name a file or a data set of the hub")
     try:
-        rows = read_jsonl(name) if name.endswith(".jsonl") else read_hub(*name.split(":", 2))
+        rows = read(name)
     except Exception as error:  # `datasets` has its own for broken files, and only their cause says something
-        raise SystemExit(f"cannot read the data set {name}: {error} {error.__cause__ or ''}".strip())
+        raise SystemExit(f"cannot read the data set {name}: {error} {error.__cause__ or ''}".strip()) from error
     prompts, names = [], list(rows[0]) if rows else []
     if question not in names and "prompt" not in names:
-        raise SystemExit(f"{name} needs a column {question} (QUESTION_COLUMN) or prompt: {len(rows)} rows with {names}")
+        hint = "; conversations are ShareGPT's: make them prompt, with role and content" * ("conversations" in names)
+        raise SystemExit(f"{name} needs a column {question} (QUESTION_COLUMN) or prompt: {len(rows)} rows with {names}"
+                         + hint)
     for number, row in enumerate(rows, start=1):
-        if row.keys() != set(names):
-            raise SystemExit(f"row {number} of the data set {name} has the columns {list(row)}, the first has {names}")
-        messages = {"system": system_prompt, "user": row.get(question)}
-        text = row.pop("prompt", None) or [{"role": role, "content": said} for role, said in messages.items() if said]
-        if not isinstance(text, str):
-            try:
-                text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-            except TemplateError as error:
-                raise SystemExit(f"row {number} of {name}: MODEL's chat template says: {error} "
-                                 "(SYSTEM_PROMPT= leaves the system message out)") from error
-        row.pop(question, None)
-        prompts.append(Prompt(tokenizer(text, add_special_tokens=False).input_ids, text, row, number))
-    short = [prompt for prompt in prompts if 0 < len(prompt.ids) <= max_tokens]
+        try:
+            if row.keys() != set(names):
+                raise ValueError(f"the columns are {list(row)}, the first row's are {names}")
+            prompts.append(to_prompt(row, number, tokenizer, system_prompt, question))
+        except (ValueError, TypeError) as error:
+            raise SystemExit(f"row {number} of the data set {name}: {error}") from error
+    short = [prompt for prompt in prompts if len(prompt.ids) <= max_tokens]
     if not short:
         raise SystemExit(f"every prompt of {name} has more than MAX_PROMPT_TOKENS={max_tokens} tokens")
     if left_out := len(prompts) - len(short):
         print(f"{name}: left out {left_out} of {len(prompts)} prompts, over MAX_PROMPT_TOKENS={max_tokens}", flush=True)
     return short
+
+
+def to_prompt(row: dict, number: int, tokenizer, system_prompt: str, question: str) -> Prompt:
+    """ValueError or TypeError if the row is none."""
+    given, asked = row.get("prompt"), row.get(question)
+    columns = {name: value for name, value in row.items() if name != "prompt"}
+    if isinstance(given, str) and given:
+        return Prompt(tokens_of(given, tokenizer), given, None, columns, number)
+    if given:
+        check_messages(given)
+        messages = given
+    else:
+        if not isinstance(asked, str) or not asked.strip():
+            wrong = {question: asked} if question in row else {"prompt": given}
+            raise ValueError(f"expected a text, or chat messages as prompt, but found {wrong}")
+        messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        messages += [{"role": "user", "content": asked}]
+    continued = messages[-1]["role"] == "assistant"
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not continued,
+                                             continue_final_message=continued)
+    except TemplateError as error:
+        hint = "SYSTEM_PROMPT= leaves the system message out"
+        raise ValueError(f"MODEL's chat template says: {error} ({hint})") from None
+    return Prompt(tokens_of(text, tokenizer), text, given, columns, number)
+
+
+def check_messages(messages) -> None:
+    """ValueError if they are no chat messages."""
+    if not isinstance(messages, list):
+        raise ValueError(f"prompt is {messages!r:.80}, expected a text or a list of chat messages")
+    for message in messages:
+        if isinstance(message, dict) and {"from", "value"} <= message.keys():
+            raise ValueError("the messages are ShareGPT's: rename from to role, value to content, human to user and "
+                             "gpt to assistant")
+        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"prompt holds {message!r:.80}, expected a message with role and content")
+
+
+def tokens_of(text: str, tokenizer) -> list[int]:
+    text.encode()  # UnicodeEncodeError, a ValueError, at half a character
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if not ids:
+        raise ValueError(f"the prompt {text!r} has no tokens")
+    return ids
 
 
 def pick(prompts: list[Prompt], number: int, seed: int) -> Prompt:
@@ -52,19 +99,39 @@ def epoch_order(seed: int, epoch: int, size: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(size), size)
 
 
+def read(name: str) -> list[dict]:
+    """The rows of `path[:config[:split]]`, a file of the usual formats or a hub data set; a `.jsonl` file as it is."""
+    if name.endswith(".jsonl"):
+        return read_jsonl(name)
+    from datasets import load_dataset  # here, because it takes half a second, and .jsonl files need none of it
+
+    path, config, split = (*name.split(":", 2), "", "")[:3]
+    file = re.search(r"\.(json|csv|parquet|arrow)l?(\.(gz|bz2|xz|zst|zip))?$", path)
+    if not file and os.path.isfile(path):
+        raise ValueError("expected a .jsonl, .json, .csv, .parquet or .arrow file, perhaps compressed")
+    source = {"path": file[1], "data_files": path} if file else {"path": path}
+    return load_dataset(**source, name=config or None, split=split or "train").to_list()
+
+
 def read_jsonl(path: str) -> list[dict]:
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             try:
+                if not line.strip():
+                    continue
                 rows.append(dict(json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"line {number} is not a JSON object: {error}") from None
     return rows
 
 
-def read_hub(path: str, config: str = "", split: str = "") -> list[dict]:
-    from datasets import load_dataset  # here, because it takes half a second, and local files need none of it
-
-    source = {"path": "parquet", "data_files": path} if path.endswith(".parquet") else {"path": path}
-    return load_dataset(**source, name=config or None, split=split or "train").to_list()
+def digests(names: dict[str, str]) -> dict[str, str]:
+    """SHA-256 of data sets that are files, so that a run is not continued on other data."""
+    found = {}
+    for key, name in names.items():
+        path = name.split(":")[0]
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                found[f"SHA-256 of {key}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

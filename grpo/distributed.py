@@ -45,10 +45,12 @@ def largest(value: float) -> float:
 
 
 def std(values: list[float]) -> float:
-    """The sample standard deviation of all processes' values, equally many on each."""
-    count, numbers = len(values) * dist.get_world_size(), torch.tensor(values, dtype=torch.float64)
-    mean = reduce([numbers.sum()])[0] / count
-    return (reduce([(numbers - mean).square().sum()])[0] / (count - 1)) ** 0.5
+    """The sample standard deviation of all processes' values, NaN aside."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    numbers = numbers[~numbers.isnan()]
+    total, count = reduce([numbers.sum(), len(numbers)])
+    squares = reduce([(numbers - total / max(1, count)).square().sum()])[0]
+    return (squares / max(1, count - 1)) ** 0.5
 
 
 def from_first(value):

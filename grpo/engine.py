@@ -16,7 +16,10 @@ def start_engine(module, config: dict):
     """`deepspeed.initialize`. An update with gradients that are not finite changes nothing, with any ZeRO stage."""
     require(config["zero_optimization"]["stage"] or not config["bf16"]["enabled"],
             "ZERO_STAGE=0: in bfloat16 DeepSpeed's first update is a quarter too small then: use 1")
-    engine = deepspeed.initialize(model=module.train(), config=config)[0]
+    try:
+        engine = deepspeed.initialize(model=module.train(), config=config)[0]
+    except Exception as error:  # of its own checks, or of a tracker's
+        raise SystemExit(f"DeepSpeed cannot start with DS_CONFIG: {type(error).__name__}: {error}") from error
     engine.basic_optimizer.register_step_pre_hook(drop_bad_gradients)
     engine.enable_backward_allreduce = dist.get_world_size() > 1 or engine.zero_optimization_stage() > 0
     engine.monitor.enabled = False  # for DeepSpeed's own events, which do not count steps

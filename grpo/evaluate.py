@@ -23,27 +23,27 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from grpo import checkpoint, distributed, report
-from grpo.constants import override_constants, require
+from grpo.constants import Over, override_constants, require
 from grpo.data import load_prompts
 from grpo.metrics import Metrics, add_rewards
 from grpo.policy import Policy
-from grpo.sampling import open_sampler
-from grpo.sampling.transformers import MAX_SEQUENCES
+from grpo.sampling import MAX_SEQUENCES, open_sampler
+from grpo.scoring import Reward, check_rewards, load_rewards, score
 from grpo.types import Prompt, Sample
-from rewards import check_rewards, columns_of, load_rewards, score
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name; or two of them, with a comma between
 DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either by name
+TRUST_REMOTE_CODE = False  # True runs the Python files of MODEL, if it has any
 EVAL_DATASET = "examples/arithmetic/heldout.jsonl"  # .jsonl, .parquet, or hub name[:config[:split]]
-EVAL_SAMPLES = 8  # completions of each problem at TEMPERATURE, for avg@k and pass@k
+EVAL_SAMPLES: Over(0) = 8  # completions of each problem at TEMPERATURE, for avg@k and pass@k
 QUESTION_COLUMN = "question"  # holds the problem
 SYSTEM_PROMPT = "First reason between <think> and </think>, then give the answer between <answer> and </answer>."
 REWARDS = ["reward_correct", "reward_format"]  # names of rewards.py, or module:function; the first counts as accuracy
 OUTPUT_DIR = "runs/arithmetic"  # evaluation.json, .jsonl and .html
-SEED = 0
-TEMPERATURE = 1.0
+SEED: Over(-1, 2**31 - 1) = 0
+TEMPERATURE: Over(0) = 1.0
 MAX_PROMPT_TOKENS = 128  # longer prompts are left out
-MAX_COMPLETION_TOKENS = 64
+MAX_COMPLETION_TOKENS: Over(0) = 64
 MIN_COMPLETION_TOKENS = 0
 SAMPLER = "auto"  # as in grpo_train.py
 VLLM_MEMORY = 0.4
@@ -55,14 +55,14 @@ IMAGINED = {  # problems, and the limits of what is possible; two differences th
 SHOWN = 200  # problems in evaluation.html; all are in evaluation.jsonl
 
 
-def evaluate(rollouts, prompts: list[Prompt], rewards: dict, tokenizer) -> dict[str, float]:
+def evaluate(rollouts, prompts: list[Prompt], rewards: list[Reward], tokenizer) -> dict[str, float]:
     """Greedy completions of held-out prompts, shared by the processes: accuracy, rewards, length, share cut off."""
     if not prompts:
         return {}
     metrics = Metrics()
     groups = sum(rollouts(prompts[dist.get_rank() :: dist.get_world_size()], 1, 0.0), [])
     if groups:  # there may be fewer prompts than processes
-        score(groups, rewards, tokenizer)
+        score(groups, rewards, tokenizer, metrics)
     add_rewards(metrics, groups, rewards)
     return {f"eval_{name.removeprefix('completion_')}": value for name, value in metrics.reduced().items()}
 
@@ -87,7 +87,7 @@ def compare() -> None:
     about = {"problems": len(numbers), "EVAL_DATASET": EVAL_DATASET, "EVAL_SAMPLES": EVAL_SAMPLES,
              "TEMPERATURE": TEMPERATURE, "MAX_COMPLETION_TOKENS": MAX_COMPLETION_TOKENS,
              "SYSTEM_PROMPT": SYSTEM_PROMPT, "SEED": SEED,
-             "REWARDS": {function.__name__: weight for function, weight in rewards.items()}}
+             "REWARDS": {reward.name: reward.weight for reward in rewards}}
     both = {"models": [{"model": name} | result for name, result in zip(names, results)]}
     both |= {"difference": results[2]} if len(names) > 1 else {}
     text, rows = table(names, results, about), [row for answers in found for some in answers.values() for row in some]
@@ -97,16 +97,16 @@ def compare() -> None:
     print(f"\n{text}\n\nproblem by problem: {folder}/evaluation.html; every completion: {folder}/evaluation.jsonl")
 
 
-def complete_all(name: str, rewards: dict) -> dict[int, list[dict]]:
+def complete_all(name: str, rewards: list[Reward]) -> dict[int, list[dict]]:
     """A model's rows of evaluation.jsonl by the problem's number: the greedy completion, then EVAL_SAMPLES more.
 
     The processes take turns at blocks of problems. Blocks and seeds are the same for any number of processes, and so
     are the completions; vLLM, which takes the weights over for each block, gets one for each process.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    policy = Policy(name, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE)
+    policy = Policy(name, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE, trust_remote_code=TRUST_REMOTE_CODE)
     prompts = load_prompts(EVAL_DATASET, policy.tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN)
-    check_rewards(rewards, columns_of(prompts))
+    check_rewards(rewards, prompts)
     rollouts = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
     size = -(-len(prompts) // world) if SAMPLER == "vllm" else max(1, MAX_SEQUENCES // EVAL_SAMPLES)
     blocks = [prompts[start : start + size] for start in range(0, len(prompts), size)][rank::world]
@@ -116,7 +116,7 @@ def complete_all(name: str, rewards: dict) -> dict[int, list[dict]]:
             seeds = [SEED << 32 | prompt.number for prompt in block]
             for groups in chain(rollouts(block, 1, 0.0),
                                 rollouts(block, EVAL_SAMPLES, TEMPERATURE, seeds, MIN_COMPLETION_TOKENS)):
-                score(groups, rewards, policy.tokenizer)
+                score(groups, rewards, policy.tokenizer, Metrics())
                 for group in groups:
                     answers = found[group.prompt.number]
                     answers += [row(name, len(answers) + place, sample, rewards)
@@ -126,14 +126,14 @@ def complete_all(name: str, rewards: dict) -> dict[int, list[dict]]:
     return {number: answers for part in everybody for number, answers in part.items()}
 
 
-def row(model: str, number: int, sample: Sample, rewards: dict) -> dict:
+def row(model: str, number: int, sample: Sample, rewards: list[Reward]) -> dict:
     """A row of evaluation.jsonl. A completion has the right form if a reward with "format" in its name is above 0."""
-    values = {function.__name__: value for function, value in zip(rewards, sample.rewards)}
+    values = {reward.name: value for reward, value in zip(rewards, sample.rewards)}
     form = [value > 0 for name, value in values.items() if "format" in name]
     return {"model": model, "problem": sample.prompt.number, "sample": number, "prompt": sample.prompt.text,
             "columns": sample.prompt.columns, "completion": sample.text, "accuracy": sample.rewards[0] > 0,
-            "reward": sample.reward, "tokens": len(sample.tokens), "cut_off": not sample.ended,
-            **({"format": form[0]} if form else {}),
+            "reward": 0.0 if isnan(sample.reward) else sample.reward, "tokens": len(sample.tokens),
+            "cut_off": not sample.ended, **({"format": form[0]} if form else {}),
             "rewards": {name: None if isnan(value) else value for name, value in values.items()}}
 
 
@@ -225,8 +225,6 @@ def page(names: list[str], found: list[dict[int, list[dict]]], text: str) -> str
 def main() -> None:
     require(MODEL.count(",") < 2, f"MODEL={MODEL}: expected one model or two")
     require(EVAL_DATASET, "EVAL_DATASET=: nothing to evaluate on")
-    require(EVAL_SAMPLES > 0, f"EVAL_SAMPLES={EVAL_SAMPLES}: expected 1 at least")
-    require(TEMPERATURE > 0, f"TEMPERATURE={TEMPERATURE}: sampling needs a positive one")
     distributed.start()
     compare()
 

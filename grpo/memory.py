@@ -14,6 +14,8 @@ def fitting_tokens(policy, budget: int, prompt_tokens: int, completion_tokens: i
     before DeepSpeed has the model, so that a process without memory leaves no other waiting. SystemExit if a single
     row does not fit.
     """
+    if not memory_is_limited():
+        return budget
     asked, length = budget, prompt_tokens + completion_tokens
     while True:
         count = min(max(1, -(-budget // length)), samples)
@@ -28,6 +30,10 @@ def fitting_tokens(policy, budget: int, prompt_tokens: int, completion_tokens: i
     if budget < asked and dist.get_rank() == 0:
         print(f"MICRO_BATCH_TOKENS={budget}, because {asked} do not fit into memory", flush=True)
     return budget
+
+
+def memory_is_limited() -> bool:
+    return torch.accelerator.is_available()  # a CPU's is not: the system swaps, or kills without a word
 
 
 def fits(policy, count: int, length: int, prompt_length: int, zero_stage: int) -> bool:

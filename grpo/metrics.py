@@ -1,9 +1,9 @@
 """The numbers of one step: sums with their counts by name, added up over all processes once, and a stopwatch."""
 import resource
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from math import isnan, nan
-from statistics import stdev
+from statistics import fmean, stdev
 
 import torch
 
@@ -17,8 +17,9 @@ class Metrics:
     A sum or count may be a tensor on an accelerator: nothing waits for it before `reduced`.
     """
 
-    def __init__(self):
-        self.totals, self.counts = {}, {}
+    def __init__(self, step=1, steps=0):
+        self.step, self.steps = step, steps  # of the training
+        self.totals, self.counts, self.logged = {}, {}, defaultdict(list)
         self.seconds = Counter(seconds_sample=0, seconds_reward=0, seconds_ref_wait=0, seconds_train=0)
         self.start = self.now = time.perf_counter()
 
@@ -32,6 +33,10 @@ class Metrics:
         """Means of values (C,), a number a token, over the tokens for which `which` (C,) is true."""
         for name, value in values.items():
             self.add(name, torch.where(which, value.detach().double(), 0).sum(), which.sum())
+
+    def log(self, name: str, value: float) -> None:
+        """For reward functions, TRL's `log_metric`: the mean of this process's values is in `row`."""
+        self.logged[name].append(float(value))
 
     def lap(self, name: str, wait=False) -> None:
         """The seconds since the last lap belong to `name`; with `wait` only once the accelerator has done its work."""
@@ -48,7 +53,7 @@ class Metrics:
 
     def row(self) -> dict[str, float]:
         """What `reduced` gives, and this process's seconds in each lap, seconds since the start, and peak memory."""
-        return self.reduced() | self.seconds | {
+        return {name: fmean(values) for name, values in self.logged.items()} | self.reduced() | self.seconds | {
             "seconds": time.perf_counter() - self.start, "peak_memory_mb": peak_memory_mb()}
 
 
@@ -59,22 +64,28 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def add_rewards(metrics: Metrics, groups: list[Group], rewards: dict) -> None:
-    """What the groups' samples are worth."""
+def add_rewards(metrics: Metrics, groups: list[Group], rewards: list) -> None:
+    """What the groups' samples are worth. Means are over the samples to which a reward function applies."""
     samples = samples_of(groups)
     count = len(samples)
-    metrics.add("reward", sum(one.reward for one in samples), count)
-    metrics.add("accuracy", sum(one.rewards[0] > 0 for one in samples), count)
+    add_mean(metrics, "reward", [one.reward for one in samples])
+    add_mean(metrics, "accuracy", [one.rewards[0] if isnan(one.rewards[0]) else one.rewards[0] > 0 for one in samples])
+    metrics.add("unjudged_frac", sum(isnan(one.reward) for one in samples), count)
     metrics.add("completion_tokens_mean", sum(len(one.tokens) for one in samples), count)
     metrics.add("truncated_frac", sum(not one.ended for one in samples), count)
-    for place, function in enumerate(rewards):
-        values = [one.rewards[place] for one in samples if not isnan(one.rewards[place])]
-        metrics.add(f"reward/{function.__name__}", sum(values), len(values))
+    for place, reward in enumerate(rewards):
+        add_mean(metrics, f"reward/{reward.name}", [one.rewards[place] for one in samples])
 
 
-def add_groups(metrics: Metrics, groups: list[Group], rewards: dict) -> None:
+def add_mean(metrics: Metrics, name: str, values: list[float]) -> None:
+    known = [value for value in values if not isnan(value)]
+    metrics.add(name, sum(known), len(known))
+
+
+def add_groups(metrics: Metrics, groups: list[Group], rewards: list) -> None:
     """`add_rewards`, and what only groups of several samples have."""
     add_rewards(metrics, groups, rewards)
     metrics.add("completion_tokens_total", sum(len(one.tokens) for one in samples_of(groups)))
-    metrics.add("reward_std", sum(stdev(one.reward for one in group.samples) for group in groups), len(groups))
+    judged = [[one.reward for one in group.samples if not isnan(one.reward)] for group in groups]
+    add_mean(metrics, "reward_std", [stdev(values) for values in judged if len(values) > 1])
     metrics.add("advantage_zero_groups", sum(not group.has_signal() for group in groups))

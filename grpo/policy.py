@@ -4,9 +4,10 @@ Trainer, reference server and examples call `token_logps`, so policy and referen
 update.
 """
 import copy
+import os
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from grpo.attention import layout, pack_attention
 from grpo.constants import require
@@ -18,6 +19,10 @@ CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }
                  "{% if add_generation_prompt %}Assistant:{% endif %}")  # for base models that have none
 
 
+UNADAPTED = {  # linear layers that peft refuses, or whose output is not a tensor
+    "mamba2": ["out_proj", "conv1d"], "falcon_h1": ["out_proj", "conv1d"], "llama4_text": ["router"]}
+
+
 class Policy:
     """The model twice, with the same parameters: `module` is trained, `model` samples and is saved.
 
@@ -27,10 +32,11 @@ class Policy:
     """
 
     def __init__(self, path: str, max_length: int, dtype: str = "auto", temperature=1.0, lora_rank=0, seed=0,
-                 gradient_checkpointing=False):
+                 gradient_checkpointing=False, trust_remote_code=False):
         require(temperature > 0, f"TEMPERATURE={temperature}: sampling needs a positive one")
-        trained, self.tokenizer = load_model(path, max_length, dtype)
-        self.path, self.max_length, self.stop_ids = path, max_length, stop_ids(trained, self.tokenizer)
+        trained, self.tokenizer = load_model(path, max_length, dtype, trust_remote_code)
+        self.path, self.max_length, self.trust_remote_code = path, max_length, trust_remote_code
+        self.stop_ids = stop_ids(trained, self.tokenizer)
         whole = add_adapters(trained, lora_rank, seed) if lora_rank else trained
         if gradient_checkpointing:
             trained.gradient_checkpointing_enable({"use_reentrant": False})
@@ -65,37 +71,75 @@ def dtype_called(name: str) -> torch.dtype:
     return known[name]
 
 
-def load_model(path: str, tokens: int = 0, dtype: str = "auto"):
-    """The causal LM at `path` (folder or hub name), see `dtype_called`, and its tokenizer.
+def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_code=False):
+    """The model at `path` (folder or hub name) as a causal LM, see `dtype_called`, and its tokenizer.
 
     SystemExit if it cannot be loaded, or has no room for so many `tokens` of prompt and completion.
     """
+    require(path, "MODEL is empty: name a folder or a model of the hub")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    trust = {"trust_remote_code": trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_called(dtype)).to(device).eval()
+        names = AutoConfig.from_pretrained(path, **trust).architectures or []
+        has_vision = any("ConditionalGeneration" in name for name in names)
+        kind = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+        model = kind.from_pretrained(path, dtype=dtype_called(dtype), **trust).to(device).eval()
+        if has_vision:  # what sees is never used here
+            model.requires_grad_(False)
+            for part in decoder(model), model.get_output_embeddings():
+                part.requires_grad_(True)
         pack_attention(model)
         if device.type == "cuda":
             fuse(model)
             torch.backends.cuda.enable_cudnn_sdp(False)  # makes a plan for each new shape: at every decoded token
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **trust)
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0].replace("trust_remote_code", "TRUST_REMOTE_CODE")
         raise SystemExit(f"cannot load MODEL={path}: {reason} (the embedded model: python examples/arithmetic.py)")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", tokens)
-    if tokens > longest:
-        raise SystemExit(f"MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS is over the {longest} tokens of MODEL={path}")
+    repair(model)
+    config, rows = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
+    longest = getattr(config, "max_position_embeddings", tokens)
+    require(tokens <= longest, f"MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS = {tokens} is over the {longest} tokens of "
+                               f"MODEL={path}")
+    require(len(tokenizer) <= rows, f"MODEL={path}: the tokenizer has {len(tokenizer)} ids, the embedding only {rows}: "
+                                    "save the model after model.resize_token_embeddings(len(tokenizer))")
     return model, tokenizer
 
 
+def repair(model) -> None:
+    """Settings with which a model would fail later on: at the first save, or while it samples."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        print(f"generation_config.json of {model.name_or_path} is invalid and saved with do_sample=True: "
+              f"{str(error).splitlines()[0]}", flush=True)
+        model.generation_config.do_sample = True  # most often it holds a temperature, but says that it is greedy
+    model.config.get_text_config().output_router_logits = False  # for a loss that is not computed here
+
+
+def decoder(model):
+    """The part of the model between its input ids and the last hidden states."""
+    found = model.get_decoder()
+    return found.model if hasattr(found, "lm_head") else found  # Llama 4's is a whole language model
+
+
 def add_adapters(model, rank: int, seed: int):
-    """LoRA (arXiv 2106.09685) at every linear layer but the LM head: `model` itself changes, and from now on only the
-    adapters are trained. What is returned is the same model for saving, as `checkpoint.save` needs it."""
+    """LoRA (arXiv 2106.09685) at the linear layers that peft can adapt, not at the LM head: `model` itself changes, and
+    from now on only the adapters are trained. What is returned is the same model for saving, as `checkpoint.save` needs
+    it. Prints which layers they are, because experts may not be among them."""
     from peft import LoraConfig, get_peft_model  # here, because it takes half a second and 13 MB
 
+    widest = model.config.get_text_config().hidden_size
+    require(rank <= widest, f"LORA_RANK={rank} is over the {widest} numbers of a hidden state: it would save nothing")
     torch.manual_seed(seed)
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, settings)
+    refused = UNADAPTED.get(model.config.get_text_config().model_type)
+    whole = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                                             exclude_modules=refused, task_type="CAUSAL_LM"))
+    adapted = {name.partition(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
+    if os.environ.get("RANK", "0") == "0":
+        print("LoRA adapts", ", ".join(sorted(adapted - {"base_layer"})), flush=True)
+    return whole
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -125,7 +169,7 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     if packed:
         inputs |= {"layout": where, "position_ids": position.expand_as(rows)[where.computed][None],
                    "attention_mask": tokens.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    hidden = decoder(model)(**inputs, use_cache=False).last_hidden_state
     hidden = hidden[0] if packed else hidden[where.computed]  # (N, H)
     hidden = hidden[where.number[:, :-1][is_completion[:, 1:]]]  # shift by one: position t predicts t + 1; (C, H)
     return head_logps(model, hidden, rows[is_completion], head_weight, temperature)

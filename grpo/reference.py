@@ -108,6 +108,8 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, body=
                 session.trust_env = False  # no proxy of the environment
                 answer = session.request(method, url + path, data=body, headers=headers, timeout=limits,
                                          allow_redirects=False)
+        except ValueError as error:
+            raise SystemExit(f"REF_SERVER={url} is no address like http://127.0.0.1:59875: {error}") from None
         except requests.RequestException as error:
             silent_until[url], reason = time.monotonic() + 30, error
         else:
@@ -156,10 +158,18 @@ def check_servers(servers: str, model, name: str, ids: list[int]) -> None:
         raise absent[0]
 
 
+def health_of(url: str, patience: float) -> dict:
+    answer = ask("GET", url, "/health", patience)
+    try:
+        return {"reference": ""} | answer.json() | {"dtype": answer.json()["dtype"]}
+    except (ValueError, TypeError, KeyError):
+        raise SystemExit(f"what answers at {url} is no reference server: choose another PORT and REF_SERVER") from None
+
+
 @torch.no_grad()
 def check_server(url: str, model, name: str, ids: list[int]) -> None:
     """SystemExit if no server is at `url`, or if its log-probs of `ids` are not those of `model`, known as `name`."""
-    health = ask("GET", url, "/health", patience=25).json()
+    health = health_of(url, 25)
     if health["dtype"] != (dtype := str(model.dtype).removeprefix("torch.")):
         print(f"the reference server at {url} computes in {health['dtype']}, the policy in {dtype}: the KL starts "
               "above 0 (set DTYPE for one of them)", flush=True)
@@ -199,7 +209,7 @@ def send(servers: str, weights: Weights, patience=300.0, bytes_at_once: int = 2*
     for url in servers.split(","):
         with sending, open(weights.file, "rb") as file:
             size, start, restarts = os.fstat(file.fileno()).st_size, 0, 0
-            there = ask("GET", url, "/health", patience).json()["reference"]
+            there = health_of(url, patience)["reference"]
             while there != weights.name and start < size:
                 file.seek(start)
                 piece = file.read(bytes_at_once)

@@ -51,8 +51,8 @@ class Log:
         if group:
             write(self.folder, "completions", [
                 {"step": row["step"], "prompt": group.prompt.text, "completion": one.text,
-                 "advantage": one.advantages.mean().item(),
-                 **{function.__name__: value for function, value in zip(rewards, one.rewards)}}
+                 "advantage": one.advantages.mean().item(), **one.extra,
+                 **{reward.name: value for reward, value in zip(rewards, one.rewards)}}
                 for one in group.samples])
             self.progress.set_postfix_str(one_line(row), refresh=False)
             self.progress.update()
@@ -79,7 +79,7 @@ def write(folder: str, name: str, rows: list[dict]) -> None:
     with open(f"{folder}/{name}.jsonl", "a", encoding="utf-8") as file:
         for row in rows:
             numbers = {key: None if value in (inf, -inf) or value != value else value for key, value in row.items()}
-            file.write(json.dumps(numbers) + "\n")
+            file.write(json.dumps(numbers, default=str) + "\n")
 
 
 def one_line(metrics: dict) -> str:

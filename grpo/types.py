@@ -2,6 +2,7 @@
 from bisect import bisect_left
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from math import isnan
 
 import torch
 
@@ -11,6 +12,7 @@ class Prompt:
     """A row of a data set."""
     ids: list[int]  # its tokens
     text: str = ""  # what they say, in the chat template
+    messages: list | None = None  # the row's chat messages, if it has them
     columns: dict = field(default_factory=dict)  # the row's other columns, for the reward functions
     number: int = 0  # the row's, from 1
 
@@ -25,8 +27,9 @@ class Sample:
     text: str = ""  # without EOS
     rewards: list[float] = field(default_factory=list)  # by reward function; NaN: it does not apply
     steps: list[list] = field(default_factory=list)  # by reward function [(end_token, reward), ...], if it judges steps
-    reward: float = 0.0  # the weighted sum of all reward functions
-    outcome: float = 0.0  # of those that do not judge steps
+    reward: float = 0.0  # the weighted sum of all reward functions; NaN: none applies
+    outcome: float = 0.0  # of those that do not judge steps; NaN: none applies, of either kind
+    extra: dict = field(default_factory=dict)  # what reward functions want in completions.jsonl
     advantages: torch.Tensor | None = None  # (T,)
     weight: float = 0.0  # of each token in the loss
     ref_logps: Future | None = None  # of (T,) float32, from the reference server
@@ -43,7 +46,7 @@ class Group:
 
     def has_signal(self) -> bool:
         """Whether the rewards of the outcomes, or of a function's steps, differ: equal ones give no advantage."""
-        outcomes = {sample.outcome for sample in self.samples}
+        outcomes = {sample.outcome for sample in self.samples if not isnan(sample.outcome)}
         functions = zip(*(sample.steps for sample in self.samples))
         return len(outcomes) > 1 or any(len({reward for _, reward in sum(steps, [])}) > 1 for steps in functions)
 

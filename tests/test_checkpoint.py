@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from grpo import checkpoint
 from grpo import report
+from grpo.policy import Policy
 
 SAME = "BETA=0 STEPS=6 SAVE_EVERY=2 EVAL_EVERY=3".split()
 
@@ -108,7 +110,7 @@ def test_a_card_that_fails_loses_no_checkpoint(alone, tiny, tmp_path, monkeypatc
         def save_checkpoint(self, folder, **_):
             Path(folder, "state").mkdir(parents=True)
 
-    policy = SimpleNamespace(model=tiny[0], tokenizer=tiny[1], gathered=nullcontext)
+    policy = SimpleNamespace(model=tiny[0], tokenizer=tiny[1], gathered=nullcontext, path=str(tmp_path))
     checkpoint.save(Engine(), policy, tmp_path, 1, 0)
     assert checkpoint.complete(tmp_path) == [1] and (tmp_path / "step_1/model.safetensors").exists()
     assert "step_1: the model card is not whole: RuntimeError('no more colours')" in capsys.readouterr().out
@@ -128,7 +130,7 @@ def test_only_whole_rows_up_to_the_checkpoint_are_kept(tmp_path):
 
 def test_unfinished_checkpoints_do_not_count(alone, tmp_path):
     for name in "step_2", "step_10", "step_12.unfinished", "step_x":
-        (tmp_path / name).mkdir()
+        (tmp_path / name / "state").mkdir(parents=True)
     assert checkpoint.complete(tmp_path) == [2, 10]
     assert checkpoint.begin(tmp_path, {"LR": 1.0}, True)[0] == 10
     assert not (tmp_path / "step_12.unfinished").exists()
@@ -138,7 +140,7 @@ def test_unfinished_checkpoints_do_not_count(alone, tmp_path):
 def test_a_folder_with_another_run_is_refused(alone, tmp_path):
     assert checkpoint.begin(tmp_path, {"LR": 1.0, "STEPS": 5, "REWARDS": [rows]}, True)[0] == 0
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
-    (tmp_path / "step_7").mkdir()
+    (tmp_path / "step_7/state").mkdir(parents=True)
     with pytest.raises(SystemExit, match=r"holds another run: choose another \(LR=1.0 there\)"):
         checkpoint.begin(tmp_path, {"LR": 2.0, "STEPS": 5, "REWARDS": [rows]}, True)
     with pytest.raises(SystemExit, match="RESUME=True continues it"):
@@ -153,6 +155,63 @@ def test_a_folder_that_cannot_be_written_is_refused(alone, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="is not the folder of the first process"):
         monkeypatch.setattr(checkpoint, "prepare", lambda *_: 0)  # as on a machine that the first process is not on
         checkpoint.begin(f"{tmp_path}/elsewhere", {}, True)
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(alone, launch, tmp_path):
+    holds = ("import sys, time, pathlib; from grpo.checkpoint import lock; lock(pathlib.Path(sys.argv[1])); "
+             "print('got it', flush=True); time.sleep(99)")
+    other = launch("-c", holds, str(tmp_path))
+    other.wait_for("got it")
+    with pytest.raises(SystemExit, match=f"is in use by process {other.popen.pid} on .*: end that run, or choose another"):
+        checkpoint.begin(str(tmp_path), {"LR": 1.0}, True)
+    other.popen.kill()
+    other.popen.wait()
+    assert checkpoint.begin(str(tmp_path), {"LR": 1.0}, True)[0] == 0
+
+
+def test_a_run_is_not_continued_on_other_data(alone, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("one")
+    constants = {"LR": 1.0, "DATASET": str(data), "EVAL_DATASET": "a/hub:data:set"}
+    checkpoint.begin(str(tmp_path / "run"), constants, True)
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n')
+    checkpoint.begin(str(tmp_path / "run"), constants, True)
+    data.write_text("two")
+    with pytest.raises(SystemExit, match="holds another run: choose another .SHA-256 of DATASET=7692c3ad3540.* there"):
+        checkpoint.begin(str(tmp_path / "run"), constants, True)
+
+
+def test_a_checkpoint_without_its_state_is_one_sentence(alone, launch, few, tmp_path):
+    few = [*few, "BETA=0", "EVAL_EVERY=0", "SAVE_EVERY=1", f"OUTPUT_DIR={tmp_path}/run"]
+    code, text = launch("grpo_train.py", *few, "STEPS=1").wait()
+    assert code == 0, text
+    state = tmp_path / "run/step_1/state"
+    kept = {path: path.read_bytes() for path in state.iterdir()}
+    for path in kept:
+        path.write_bytes(kept[path][:99])
+        code, text = launch("grpo_train.py", *few, "STEPS=2").wait()
+        assert code == 1 and "step_1/state is not whole" in text and "Traceback" not in text, text
+        path.write_bytes(kept[path])
+    shutil.rmtree(state)
+    with pytest.raises(SystemExit, match="step_1 has no state/ to continue from: move it away"):
+        checkpoint.begin(str(tmp_path / "run"), {}, True)
+
+
+def test_what_a_save_would_refuse_is_refused_before_the_first_step(alone, tiny_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+    policy = Policy(str(tmp_path / "model"), 50)
+    assert "generation_config.json" in capsys.readouterr().out
+    checkpoint.rehearse(policy, str(tmp_path))
+    checkpoint.write(tmp_path / "step_1.unfinished", policy)
+    assert json.loads((tmp_path / "step_1.unfinished/generation_config.json").read_text())["temperature"] == 0.6
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(SystemExit, match="has room for 0.0 GB, a checkpoint takes up to"):
+        checkpoint.rehearse(policy, str(tmp_path))
+    policy.model.generation_config.do_sample = False
+    with pytest.raises(SystemExit, match="cannot be saved by transformers"):
+        checkpoint.rehearse(policy, str(tmp_path))
+    assert not (tmp_path / "step_0.unfinished").exists()
 
 
 def test_the_readme_says_what_may_change():

@@ -227,9 +227,7 @@ def test_an_update_does_not_depend_on_how_it_is_split(launch, embedded, tmp_path
     "constants, world, sentence",
     [
         ({"PROMPTS_PER_STEP": 16}, 3, "PROMPTS_PER_STEP=16: cannot be shared equally by 3 processes"),
-        ({"GROUP_SIZE": 1}, 1, "GROUP_SIZE=1"),
-        ({"UPDATES_PER_BATCH": 0}, 1, "UPDATES_PER_BATCH=0"),
-        ({"REF_MIXUP_ALPHA": 1.5}, 1, "REF_MIXUP_ALPHA=1.5"),
+        ({"MIN_COMPLETION_TOKENS": 65}, 1, "MIN_COMPLETION_TOKENS=65 is over the maximum"),
         ({"REF_SYNC_EVERY": 5, "BETA": 0.0}, 1, "REF_SYNC_EVERY=5: with BETA=0"),
     ],
 )

@@ -14,7 +14,7 @@ from grpo.sampling import graph as graph_sampler
 from grpo.policy import token_logps
 from grpo.data import load_prompts
 from grpo.policy import load_model, stop_ids
-from grpo.sampling.transformers import sample
+from grpo.sampling import sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and ON_GPU=1 to see it")
 DECODERS = {"transformers": None, "graph": graph_sampler.decode}
@@ -34,7 +34,7 @@ def prompts(policy, embedded):
 
 def completions_of(model, tokenizer, prompts, sampler):
     return sample(model, prompts, 8, max_tokens=64, stop=stop_ids(model, tokenizer), seeds=list(range(len(prompts))),
-                  decoder=DECODERS[sampler])
+                  decode=DECODERS[sampler])
 
 
 def packed(prompts, completions):

@@ -8,9 +8,11 @@ from test_ref_server import make_model
 from test_sampler import PROMPTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo.sampling import graph as graph_sampler
+from grpo import sampling
 from grpo.attention import pack_attention
-from grpo.sampling.transformers import sample
+from grpo.sampling import graph as graph_sampler
+from grpo.sampling import sample
+from grpo.sampling import transformers as transformers_sampler
 
 MANY = list(range(0, 320, 10))  # stop tokens, so that completions end all the time
 
@@ -23,7 +25,7 @@ MANY = list(range(0, 320, 10))  # stop tokens, so that completions end all the t
 def test_the_completions_are_those_of_the_other_sampler(tiny, monkeypatch, options, block):
     monkeypatch.setattr(graph_sampler, "BLOCK", block)
     model, _ = tiny
-    expected, completions = (sample(model, PROMPTS, 16, seeds=[1, 2, 3], decoder=decoder, **options)
+    expected, completions = (sample(model, PROMPTS, 16, seeds=[1, 2, 3], decode=decoder, **options)
                              for decoder in (None, graph_sampler.decode))
     assert len(completions) == len(expected) == 48
     for ours, theirs in zip(completions, expected):
@@ -45,7 +47,7 @@ class Reads(TorchDispatchMode):
 def test_a_step_reads_no_value(tiny):
     def reads(tokens, decoder):
         with Reads() as counted:
-            sample(tiny[0], PROMPTS, 4, max_tokens=tokens, stop=[-1], min_tokens=3, seeds=[1, 2, 3], decoder=decoder)
+            sample(tiny[0], PROMPTS, 4, max_tokens=tokens, stop=[-1], min_tokens=3, seeds=[1, 2, 3], decode=decoder)
         return counted.count
 
     assert reads(60, graph_sampler.decode) == reads(6, graph_sampler.decode)
@@ -56,7 +58,7 @@ def test_a_model_with_a_sliding_window_is_refused(tiny):
     model = make_model("Mistral")
     pack_attention(model)
     with pytest.raises(SystemExit, match="SAMPLER=graph wants a model with full attention in every layer"):
-        sample(model, PROMPTS, 2, max_tokens=4, stop=[-1], seeds=[1, 2, 3], decoder=graph_sampler.decode)
+        sample(model, PROMPTS, 2, max_tokens=4, stop=[-1], seeds=[1, 2, 3], decode=graph_sampler.decode)
 
 
 @pytest.mark.parametrize("rope", [
@@ -71,20 +73,21 @@ def test_rotary_embeddings_that_read_the_length_are_refused_and_sampled_without_
     pack_attention(model)
     options = {"max_tokens": 4, "stop": [-1], "seeds": [1, 2, 3]}
     with pytest.raises(SystemExit, match="SAMPLER=graph wants rotary embeddings that do not depend on the largest"):
-        sample(model, PROMPTS, 2, **options, decoder=graph_sampler.decode)
+        sample(model, PROMPTS, 2, **options, decode=graph_sampler.decode)
     assert len(sample(model, PROMPTS, 2, **options)) == 6
 
 
 def test_the_graph_is_taken_on_a_gpu_where_the_model_allows(tiny, monkeypatch):
     model = tiny[0]
-    assert graph_sampler.decoder("graph", model) is graph_sampler.decode
-    assert graph_sampler.decoder("auto", model) is graph_sampler.decoder("transformers", model) is None  # on a CPU
+    assert sampling.decoder("graph", model) is graph_sampler.decode
+    plain = transformers_sampler.decode
+    assert sampling.decoder("auto", model) is sampling.decoder("transformers", model) is plain  # on a CPU
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    assert graph_sampler.decoder("auto", model) is graph_sampler.decode
-    assert graph_sampler.decoder("transformers", model) is None
+    assert sampling.decoder("auto", model) is graph_sampler.decode
+    assert sampling.decoder("transformers", model) is plain
     mistral = make_model("Mistral")
     monkeypatch.setattr(type(mistral), "device", torch.device("cuda"))
-    assert graph_sampler.decoder("auto", mistral) is None
+    assert sampling.decoder("auto", mistral) is plain
 
 
 def test_a_run_with_it_is_a_run_without_it(launch, few, tmp_path):

@@ -14,7 +14,7 @@ from grpo.metrics import Metrics
 from grpo.policy import token_logps
 from grpo.types import Group, MicroBatch, Prompt, Sample, in_batches, micro_batch, split
 from grpo_train import GRPO_step, group_advantages, set_advantages, set_token_weights
-from rewards import score
+from grpo.scoring import Reward, score
 
 
 @pytest.fixture(autouse=True)
@@ -276,8 +276,9 @@ def test_process_supervision_gives_each_token_the_steps_that_end_at_or_after_it(
     def judge_outcomes(completions, **columns):
         return outcomes
 
-    group, rewards = Group(samples[0].prompt, samples), {judge_steps: weight, judge_outcomes: 1.0}
-    score([group], rewards, tokenizer)
+    group, rewards = Group(samples[0].prompt, samples), [
+        Reward(judge_steps, weight, "steps"), Reward(judge_outcomes, 1.0, "outcomes")]
+    score([group], rewards, tokenizer, Metrics())
     set_advantages([group], rewards)
 
     rewards = [reward for its_steps in steps for _, reward in its_steps]
@@ -297,7 +298,7 @@ def test_process_supervision_gives_each_token_the_steps_that_end_at_or_after_it(
 def test_without_steps_every_token_has_the_advantage_of_its_completion():
     samples = [Sample(Prompt([1]), torch.zeros(n, dtype=torch.long), torch.zeros(n), True, outcome=outcome, steps=[[]])
                for n, outcome in ((1, 0.0), (3, 2.0))]
-    set_advantages([Group(samples[0].prompt, samples)], {len: 1.0})
+    set_advantages([Group(samples[0].prompt, samples)], [Reward(len, 1.0, "len")])
     advantage = 1 / (math.sqrt(2) + 1e-4)
     assert samples[0].advantages.tolist() == pytest.approx([-advantage])
     assert samples[1].advantages.tolist() == pytest.approx([advantage] * 3)
@@ -313,8 +314,9 @@ def test_what_a_function_without_weight_says_of_steps_is_no_signal(tiny):
 
     for weight in 0.0, 0.5:
         group = Group(prompt, [replace(sample, rewards=[], steps=[]) for sample in samples])
-        score([group], {steps: weight}, tokenizer)
-        set_advantages([group], {steps: weight})
+        rewards = [Reward(steps, weight, "steps")]
+        score([group], rewards, tokenizer, Metrics())
+        set_advantages([group], rewards)
         assert group.has_signal() == (weight > 0) == any(sample.advantages.any() for sample in group.samples)
 
 

@@ -5,14 +5,15 @@ import torch
 from conftest import ROOT, rows
 from safetensors.torch import load_file
 
-from grpo import policy
+from grpo import memory, policy
 from grpo.memory import fitting_tokens
 
 SHORT_OF_MEMORY = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
 import torch
-from grpo import policy
+from grpo import memory, policy
+memory.memory_is_limited = lambda: True
 limit, plain = int(os.environ["LIMIT"]), policy.token_logps
 last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1  # the other has enough
 def token_logps(model, tokens, *rest):
@@ -23,6 +24,11 @@ policy.token_logps = token_logps
 sys.argv[0] = "grpo_train.py"
 runpy.run_path("grpo_train.py", run_name="__main__")
 """
+
+
+@pytest.fixture(autouse=True)
+def limited(monkeypatch):
+    monkeypatch.setattr(memory, "memory_is_limited", lambda: True)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Rewards: what is right, what has the format, the published ones' values, and that no completion stalls them."""
 
+import asyncio
 import contextlib
 import json
 import math
@@ -17,17 +18,24 @@ import torch
 import transformers
 from conftest import ROOT
 
+import grpo_train
 import rewards
 from grpo import math_judge
-from rewards import (
-    check_answers,
-    check_rewards,
-    compute_rewards,
-    extract_answer,
-    load_rewards,
-    reward_correct,
-    reward_format,
-)
+from grpo.metrics import Metrics, add_groups
+from grpo.scoring import check_rewards, compute_rewards, load_rewards, score
+from grpo.types import Group, Prompt, Sample
+from rewards import check_answers, extract_answer, reward_correct, reward_format
+
+
+def called(functions, completions, **columns):
+    """`compute_rewards` of functions with weight 1."""
+    return compute_rewards(load_rewards(functions), columns | {"completions": completions})
+
+
+def check(functions, columns):
+    rows = zip(*columns.values())
+    check_rewards(load_rewards(functions), [Prompt([1], "p", None, dict(zip(columns, row)), number)
+                                            for number, row in enumerate(rows, start=1)])
 
 
 def answered(text: str) -> str:
@@ -176,7 +184,7 @@ def test_the_judge_gets_ready_before_its_first_question():
     assert math_judge.ask_judge("1", "1")
     os.killpg(math_judge.nursery[0].pid, signal.SIGKILL)
     math_judge.nursery[0].wait(5)
-    check_rewards([reward_correct], {"answer": ["3"]})
+    check([reward_correct], {"answer": ["3"]})
     deadline = time.monotonic() + 30
     while math_judge.nursery[0].poll() is not None:
         assert time.monotonic() < deadline
@@ -235,12 +243,12 @@ def test_a_gold_answer_that_cannot_be_parsed_is_an_error():
         check_answers([long])
     assert reward_correct([answered("1")], answer=[long]) == [-1.0]
     with pytest.raises(SystemExit, match="reward_correct cannot judge the data set: row 1"):
-        check_rewards([reward_correct], {"answer": [""]})
+        check([reward_correct], {"answer": [""]})
 
 
 def test_a_missing_column_is_named_before_training():
     with pytest.raises(SystemExit, match="missing a required argument: 'answer'; columns: \\['solution'\\]"):
-        check_rewards([reward_format, reward_correct], {"solution": ["3"]})
+        check([reward_format, reward_correct], {"solution": ["3"]})
 
 
 def constant(value):
@@ -260,34 +268,142 @@ def test_a_bad_reward_function_is_named_with_the_completion():
         (constant([1.0, math.nan]), "reward returned nan for 'b'"),
         (constant([1.0, math.inf]), "reward returned inf for 'b'"),
     ]:
-        with pytest.raises(ValueError, match=sentence):
-            compute_rewards([function], ["a", "b"])
+        with pytest.raises(SystemExit, match=sentence):
+            called([function], ["a", "b"])
     with pytest.raises(ValueError, match="picky raised ZeroDivisionError.* at the completion ''"):
-        compute_rewards([picky], ["a", ""], prompts=["p", "p"])
+        called([picky], ["a", ""], prompts=["p", "p"])
     for value, sentence in [
-        ("one", "reward raised ValueError"),
+        ("one", r"reward returned \['one'\], expected a list of numbers"),
         ([(0, 1.0)], "reward returned"),
         ([(2, 1.0)], "reward returned"),
         ([(1, math.inf)], "reward returned"),
     ]:
-        with pytest.raises(ValueError, match=sentence):
-            compute_rewards([constant([value])], ["a"])
+        with pytest.raises(SystemExit, match=sentence):
+            called([constant([value])], ["a"])
 
 
 def test_none_is_no_value_and_steps_add_up():
-    values, steps = compute_rewards([constant([1.0, None]), constant([[(1, 0.5), (2, -2.0)], []])], ["ab", "bb"])
+    values, steps = called([constant([1.0, None]), constant([[(1, 0.5), (2, -2.0)], []])], ["ab", "bb"])
     assert values[0][0] == 1.0 and math.isnan(values[0][1]) and values[1] == [-1.5, 0.0]
     assert steps == [[[], []], [[(1, 0.5), (2, -2.0)], []]]
 
 
 def test_rewards_by_name_and_weight():
-    weights = load_rewards(["0.5*reward_format", picky, ("math:sqrt", 2), "-1e-3*math:cos"])
-    assert weights == {reward_format: 0.5, picky: 1.0, math.sqrt: 2, math.cos: -0.001}
-    with pytest.raises(SystemExit, match="two reward functions are called reward_format"):
+    found = load_rewards(["0.5*reward_format", picky, ("math:sqrt", 2), "-1e-3*math:cos", "2 * math: tan"])
+    weights = {reward.function: reward.weight for reward in found}
+    assert weights == {reward_format: 0.5, picky: 1.0, math.sqrt: 2, math.cos: -0.001, math.tan: 2}
+    assert [reward.name for reward in found] == ["reward_format", "picky", "sqrt", "cos", "tan"]
+    with pytest.raises(SystemExit, match="REWARDS holds reward_format twice"):
         load_rewards(["reward_format", (reward_format, 2.0)])
     for name in "reward_nothing", "nowhere:f", "much*reward_format":
         with pytest.raises(SystemExit, match=re.escape(f"no reward function {name}")):
             load_rewards([name])
+
+
+THINKING = [  # how a prompt ends, the completion, reward_format, format_reward, reward_correct
+    ("assistant\n<think>\n", "so\n</think>\n<answer>\n5\n</answer>", 1.25, 1, 1),
+    ("assistant\n<think>", "\nso\n</think>\n<answer>\n5\n</answer>", 1.25, 1, 1),
+    ("assistant\n<think>\n", "<think>\nso\n</think>\n<answer>\n5\n</answer>", -1, 0, 1),
+    ("assistant\n<think>\n", "so <answer>5</answer>", -1, 0, -1),
+    ("assistant\n<think>\n\n</think>\n\n", "<answer>\n5\n</answer>", 1.25, 1, 1),  # Qwen3 without thinking
+    ("<|Assistant|></think>", "<answer>\n5\n</answer>", 1.25, 1, 1),  # DeepSeek-V3.1 without thinking
+    ("Write <think> and </think>.\nassistant\n", "<think>\nso\n</think>\n<answer>\n5\n</answer>", 1.25, 1, 1),
+    ("assistant\n", "so\n</think>\n<answer>\n5\n</answer>", -1, 0, 1),
+    ("assistant\n", "<think>\n</think>\n<answer>\n5\n</answer>", -1, 0, 1),
+]
+
+
+@pytest.mark.parametrize("end, completion, ours, open_r1, right", THINKING)
+def test_thinking_that_the_template_has_begun_belongs_to_the_format(end, completion, ours, open_r1, right):
+    for columns in {"prompts": [end]}, {"prompts": [[{"role": "user", "content": "?"}]], "prompt_texts": [end]}:
+        assert reward_format([completion], **columns) == [ours]
+        assert rewards.format_reward([completion], **columns) == [open_r1]
+        assert not open_r1 or rewards.tag_count_reward([completion], **columns) == [1.0]
+        assert reward_correct([completion], answer=["5"], **columns) == [right]
+
+
+def test_thinking_that_the_last_message_has_begun_belongs_to_the_format():
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Well.\n<think>\nFirst"}]
+    texts = ["so</think><answer>5</answer>"]
+    assert reward_format(texts, prompts=[messages], prompt_texts=["... <think>\nFirst"]) == [1.25]
+    assert reward_format([[{"role": "assistant", "content": texts[0]}]], prompts=[messages]) == [1.25]
+
+
+def sampled(texts, tokenizer, messages=None):
+    prompt = Prompt([1], "p", messages, {"answer": "5"})
+    return Group(prompt, [Sample(prompt, torch.tensor(tokenizer(text).input_ids), torch.zeros(1), False)
+                          for text in texts])
+
+
+def test_a_row_of_messages_gives_functions_messages_as_in_trl(tiny):
+    seen = []
+
+    def looks(completions, prompts, **columns):
+        seen.extend([completions, prompts])
+        return [float(len(one[0]["content"]) if isinstance(one, list) else -1) for one in completions]
+
+    messages = [{"role": "user", "content": "2 + 3"}]
+    for prompt in messages, None:
+        score([sampled(["5", "12"], tiny[1], prompt)], load_rewards([looks, reward_format]), tiny[1], Metrics())
+    assistant = [[{"role": "assistant", "content": text}] for text in ("5", "12")]
+    assert seen == [assistant, [messages] * 2, ["5", "12"], ["p"] * 2]
+
+
+def test_async_functions_are_awaited_all_at_once(tiny):
+    running = []
+
+    def make(name):
+        async def waits(completions, **columns):
+            running.append(name)
+            await asyncio.sleep(0.05)
+            assert len(running) == 3  # the others have begun as well
+            return [1.0] * len(completions)
+        return waits
+
+    def uses_a_loop_of_its_own(completions, **columns):
+        return [asyncio.get_event_loop_policy().new_event_loop().run_until_complete(asyncio.sleep(0, 2.0))] * 2
+
+    async def fails(completions, **columns):
+        return [1 / len(one) for one in completions]
+
+    functions = load_rewards([make(1), make(2), uses_a_loop_of_its_own, make(3)])
+    assert [one.name for one in functions] == ["waits", "waits_2", "uses_a_loop_of_its_own", "waits_4"]
+    group = sampled(["5", "12"], tiny[1])
+    score([group], functions, tiny[1], Metrics())
+    assert [one.rewards for one in group.samples] == [[1.0, 1.0, 2.0, 1.0]] * 2
+    with pytest.raises(ValueError, match="fails raised ZeroDivisionError.* at the completion ''"):
+        called([fails], ["a", ""])
+
+
+def test_what_functions_log_is_in_the_metrics_and_beside_the_completions(tiny):
+    def logs(completions, trainer_state, log_metric, log_extra, **columns):
+        log_metric("done", trainer_state.global_step / trainer_state.max_steps)
+        log_extra("letters", [len(text) for text in completions])
+        return [0.0] * len(completions)
+
+    metrics, group = Metrics(3, 8), sampled(["5", "12"], tiny[1])
+    score([group], load_rewards([logs]), tiny[1], metrics)
+    assert metrics.logged == {"done": [0.25]} and [one.extra for one in group.samples] == [{"letters": 1}, {"letters": 2}]
+
+
+def test_completions_to_which_no_function_applies_are_no_part_of_the_group(alone, tiny, monkeypatch):
+    values = iter([1.0, None, 1.2, None])
+    group = sampled(["5", "12", "7", "9"], tiny[1])
+    functions = load_rewards([(lambda completions, **_: [next(values) for _ in completions], 1.0),
+                              (reward_format, 0.0)])
+    score([group], functions, tiny[1], Metrics())
+    grpo_train.set_advantages([group], functions)
+    deviation = math.sqrt(0.02) + 1e-4
+    found = [one.advantages[0].item() for one in group.samples]
+    assert found == pytest.approx([-0.1 / deviation, 0, 0.1 / deviation, 0]) and found[1] == found[3] == 0
+    monkeypatch.setattr(grpo_train, "ADVANTAGE_SCALE", "batch")
+    grpo_train.set_advantages([group], functions)
+    assert [one.advantages[0].item() for one in group.samples] == pytest.approx(found)
+    metrics = Metrics()
+    add_groups(metrics, [group], functions)
+    row = metrics.reduced()
+    assert row["unjudged_frac"] == 0.5 and row["reward"] == pytest.approx(1.1) == row["reward/lambda"]
+    assert row["accuracy"] == 1 and row["reward_std"] == pytest.approx(math.sqrt(0.02))
 
 
 # ------------------------------------------------------------------------------------------------- Open R1's and TRL's
@@ -446,7 +562,7 @@ def test_a_reward_model_judges_a_batch_as_it_judges_one(judge_folder):
         ids = torch.tensor([tokenizer(prompt + completion, add_special_tokens=False).input_ids])
         hidden = model.model(ids).last_hidden_state[0, -1]
         alone.append((model.score.weight @ hidden).item())
-    values = compute_rewards([reward], completions, prompts=prompts)[0][0]
+    values = called([reward], completions, prompts=prompts)[0][0]
     assert reward.__name__ == "judge" and len(set(values)) == 5
     assert values == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
@@ -477,10 +593,10 @@ def mathematics_only(completions, task, **kwargs):
 
 
 def test_reward_functions_written_for_trl_run_unchanged():
-    functions = list(load_rewards([longer_is_better, ends_with_the_answer, mathematics_only]))
+    functions = [longer_is_better, ends_with_the_answer, mathematics_only]
     columns = {"ground_truth": ["4", "5"], "task": ["math", "code"]}
-    check_rewards(functions, columns)
-    values, _ = compute_rewards(
+    check(functions, columns)
+    values, _ = called(
         functions, ["2+2=4", "print(5)!"], prompts=["2+2", "p"], completion_ids=[[1, 2], [3]], **columns
     )
     assert values[:2] == [[2.0, 1.0], [1.0, 1.0]]

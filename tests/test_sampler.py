@@ -21,7 +21,8 @@ from grpo.attention import pack_attention
 from grpo.data import load_prompts
 from grpo.policy import load_model, stop_ids
 from grpo.sampling.script import recorded
-from grpo.sampling.transformers import draw, rollouts, sample
+from grpo.sampling import rollouts, sample
+from grpo.sampling.transformers import draw
 from grpo.types import Prompt
 from test_ref_server import SHAPE, expected_logps, make_model
 
@@ -110,7 +111,7 @@ def test_a_prompt_has_the_same_completions_in_any_batch(tiny):
 def test_more_sequences_than_fit_are_taken_in_slices(tiny, monkeypatch):
     model, _ = tiny
     whole = sample(model, PROMPTS, 4, max_tokens=6, stop=[0], seeds=[1, 2, 3])
-    monkeypatch.setattr("grpo.sampling.transformers.MAX_SEQUENCES", 4)
+    monkeypatch.setattr("grpo.sampling.MAX_SEQUENCES", 4)
     assert [c.tokens.tolist() for c in sample(model, PROMPTS, 4, max_tokens=6, stop=[0], seeds=[1, 2, 3])] == [
         c.tokens.tolist() for c in whole
     ]
@@ -123,7 +124,7 @@ def test_finished_groups_are_passed_on_while_others_are_being_written(tiny, monk
     monkeypatch.setattr(module, "draw", lambda *arguments: tokens.append(1) or draw(*arguments))
     options = {"max_tokens": 40, "stop": list(range(0, 320, 10)), "seeds": range(12)}
     prompts = [Prompt(ids) for ids in PROMPTS * 4]
-    for groups in rollouts(tiny[0], prompts, 2, **options, decoder=module.decode):
+    for groups in rollouts(tiny[0], prompts, 2, **options, decode=module.decode):
         told.append((len(tokens), groups))
     given = [id(group.prompt) for _, groups in told for group in groups]
     assert len(told) > 4 and sorted(given) == sorted(map(id, prompts))
@@ -189,7 +190,8 @@ def test_prompts_come_from_questions_strings_and_messages(tiny, tmp_path):
     question = '{"question": "What is 1 + 1?", "answer": "2", "level": 3}'
     [row] = load_prompts(write(tmp_path / "q.jsonl", question), tokenizer, "Think.", 99)
     assert row.text == "<|im_start|>system\nThink.<|im_end|>\n" + chat.text
-    assert row.columns == {"answer": "2", "level": 3}
+    assert row.columns == {"question": "What is 1 + 1?", "answer": "2", "level": 3}
+    assert chat.messages == messages and row.messages is verbatim.messages is None
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_prompts_come_from_questions_strings_and_messages(tiny, tmp_path):
         ('{"question": "a"}\n{"question": ', "line 2 is not a JSON object"),
         ('{"question": "a"}\n[1, 2]', "line 2 is not a JSON object"),
         ('{"problem": "a"}', r"column question \(QUESTION_COLUMN\) or prompt: 1 rows with ['problem']"),
-        ('{"question": "a", "answer": "1"}\n{"question": "b"}', "row 2 .* has the columns"),
+        ('{"question": "a", "answer": "1"}\n{"question": "b"}', "row 2 .*: the columns are"),
         ('{"prompt": "What is 1 + 1 + 1 + 1 + 1 + 1 + 1?"}', "MAX_PROMPT_TOKENS=9"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from grpo import distributed
 from grpo.data import load_prompts
 from grpo.policy import Policy, load_model, stop_ids, token_logps
-from grpo.sampling.transformers import sample
+from grpo.sampling import sample
 from grpo.types import Prompt, pack
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm", exc_type=ImportError)

@@ -43,13 +43,6 @@ def obstacle(model) -> str:
     return ""
 
 
-def decoder(name: str, model):
-    """The decoder for SAMPLER=`name`; None means `transformers.decode`. On a GPU "auto" takes the graph if the model
-    allows it: on an H100 a step of 0.5 to 1.5 billion parameters then takes a quarter of the time."""
-    wanted = name == "graph" or name == "auto" and model.device.type == "cuda" and not obstacle(model)
-    return decode if wanted else None
-
-
 newest = None  # the CUDA graph that was recorded last; its memory serves the next one too
 side = None  # the stream on which graphs are recorded; another one each time would have workspaces of its own
 

@@ -65,7 +65,7 @@ def record(step: Step, inputs):
         warnings.simplefilter("always")
         try:
             script = torch.jit.trace(step, inputs, check_trace=False)
-        except ValueError:  # tracing refuses a model that holds one buffer twice, as longrope does
+        except (ValueError, RuntimeError):  # longrope holds one buffer twice, LoRA on experts parametrizes weights
             return None
     about_shapes = __file__, attention.__file__, functional.__file__  # one token a row: always right
     doubts = [w for w in warned if w.category is torch.jit.TracerWarning and w.filename not in about_shapes]

@@ -1,10 +1,11 @@
-"""Samples of prompts, by the policy's own modules in transformers: the default sampler on a CPU.
+"""Samples of prompts, by the policy's own modules in transformers: the default on a CPU.
 
 A prompt is prefilled once for its whole group, a finished sequence leaves the batch (on a GPU within 8 tokens), and
 each token's log-prob comes along at no extra forward pass. The random numbers belong to the prompt's seed, not to the
 batch: a prompt gets the same samples however the prompts are spread over processes.
 """
 import torch
+from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -12,36 +13,8 @@ from grpo.attention import RoomyLayer, select_rows
 from grpo.sampling.script import next_logits
 from grpo.types import Group, Prompt, Sample
 
-MAX_SEQUENCES = 512  # decoded at a time; more are taken one slice after the other
 BLOCK = 64  # tokens from one look for finished groups to the next
 LOOK_EVERY = 8  # on an accelerator, tokens between two looks for ended sequences: a look makes Python wait for it
-
-
-def rollouts(model, prompts: list[Prompt], group_size: int, *, max_tokens: int, stop: list[int], temperature=1.0,
-             min_tokens=0, seeds: list[int] | None = None, decoder=None):
-    """Yields lists of finished groups, `group_size` samples for each prompt; temperature 0 is greedy, without `seeds`.
-
-    No sample ends before `min_tokens` tokens. The model is in eval mode meanwhile: dropout is not part of the policy.
-    `decoder` may take the place of `decode`.
-    """
-    was_training = model.training
-    model.eval()
-    step = max(1, MAX_SEQUENCES // group_size)
-    for start in range(0, len(prompts), step):
-        some = slice(start, start + step)
-        uniforms = torch.cat([
-            torch.rand(group_size, max_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-            for seed in seeds[some]]) if temperature else None
-        yield from filter(None, (decoder or decode)(
-            model, prompts[some], group_size, max_tokens, stop, temperature, min_tokens, uniforms))
-    model.train(was_training)
-
-
-def sample(model, prompts: list[list[int]], *arguments, **options) -> list[Sample]:
-    """All samples of `rollouts` for prompts given as token ids, in the order of the prompts."""
-    prompts = [Prompt(ids, number=number) for number, ids in enumerate(prompts)]
-    groups = [group for groups in rollouts(model, prompts, *arguments, **options) for group in groups]
-    return [one for group in sorted(groups, key=lambda group: group.prompt.number) for one in group.samples]
 
 
 class Written:
@@ -71,7 +44,10 @@ class Written:
 
 @torch.no_grad()
 def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms):
-    """`rollouts` for prompts that fit together; uniforms (B, max_tokens) in [0, 1), B = prompts x group_size."""
+    """Yields lists of finished groups, perhaps empty; uniforms (B, max_tokens) in [0, 1), B = prompts x group_size.
+
+    At temperature 0 it is greedy and needs none. No sample ends, with one of the `stop` ids, before `min_tokens`.
+    """
     logits, mask, position, cache = prefill(model, prompts, group_size, max_tokens)
     device, longest = model.device, mask.shape[1] - max_tokens
     stop, look = torch.tensor(stop, device=device), LOOK_EVERY if device.type != "cpu" else 1
@@ -102,12 +78,18 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
         logits = next_logits(model, token, mask[:, :end], position[:, end - 1 : end], cache)
 
 
+def padded(prompts, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (prompts, L), padded on the left."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    gaps = [longest - len(prompt.ids) for prompt in prompts]
+    ids = torch.tensor([[0] * gap + prompt.ids for gap, prompt in zip(gaps, prompts)], device=device)
+    return ids, (torch.arange(longest, device=device) >= torch.tensor(gaps, device=device)[:, None]).long()
+
+
 def prefill(model, prompts, group_size, max_tokens):
     """Logits (B, V) after the prompts, mask and position (B, L + max_tokens) of all tokens, and the cache of L."""
-    device, longest = model.device, max(len(prompt.ids) for prompt in prompts)
-    gaps = [longest - len(prompt.ids) for prompt in prompts]
-    ids = torch.tensor([[0] * gap + prompt.ids for gap, prompt in zip(gaps, prompts)], device=device)  # padded left
-    mask = torch.tensor([[0] * gap + [1] * (longest - gap + max_tokens) for gap in gaps], device=device)
+    ids, mask = padded(prompts, model.device)
+    longest, mask = ids.shape[1], functional.pad(mask, (0, max_tokens), value=1)
     position = mask.cumsum(1).sub(1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]

@@ -30,7 +30,8 @@ class Engine:
             device = {"enforce_eager": True, "hf_overrides": {"tie_word_embeddings": False},
                       "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, policy.max_length)}
         self.llm = LLM(policy.path, dtype=str(policy.model.dtype).removeprefix("torch."), load_format="dummy",
-                       max_model_len=policy.max_length, disable_log_stats=True, logprobs_mode="processed_logprobs",
+                       trust_remote_code=policy.trust_remote_code, max_model_len=policy.max_length,
+                       disable_log_stats=True, logprobs_mode="processed_logprobs",
                        distributed_executor_backend="external_launcher", **device)
         self.sleep()
 

@@ -1,0 +1,234 @@
+"""Whatever a user writes ends in a right result or in one sentence: the input, and what the sentence says."""
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, rows
+
+from grpo.data import load_prompts
+from grpo.scoring import check_rewards, load_rewards
+
+MINE = '''
+import asyncio, functools
+
+def half(completions, **columns):
+    return [0.5] * len(completions)
+
+def plain(completions, question):
+    return [float(len(text)) for text in question]
+
+async def slow(completions, **columns):
+    await asyncio.sleep(0.01)
+    return [1.0] * len(completions)
+
+class Callable:
+    def __call__(self, completions, **columns):
+        return [2.0] * len(completions)
+
+of_trl = lambda completions, trainer_state, log_metric, log_extra, **columns: (
+    log_metric("updates", trainer_state.global_step) or log_extra("letters", list(map(len, completions)))
+    or [float(trainer_state.max_steps)] * len(completions))
+part, thing = functools.partial(half), Callable()
+none = lambda completions, **columns: None
+short = lambda completions, **columns: [1.0]
+words = lambda completions, **columns: ["good"] * len(completions)
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_folder):
+    path = tmp_path_factory.mktemp("bad input")  # with a blank
+    (path / "mine.py").write_text(MINE)
+    (path / "wrong.py").write_text("def f(:")
+    (path / "model").symlink_to(tiny_folder)
+    (path / "ok.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n\n{"question": "2 + 1", "answer": 3}\n')
+    (path / "two.jsonl").write_text('{"question": "1 + 1"}\n{"question": "2 + 1"}\n')
+    (path / "ok.csv").write_text("question,answer\n1 + 1,2\n")
+    (path / "ok.json").write_text('[{"question": "1 + 1"}]')
+    (path / "ok.jsonl.gz").write_bytes(gzip.compress((path / "two.jsonl").read_bytes()))
+    (path / "broken.csv").write_text('"')
+    (path / "broken.parquet").write_text("nothing")
+    (path / "broken.jsonl.gz").write_text("nothing")
+    (path / "text.txt").write_text("1 + 1\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """run(program, *arguments) -> (exit status, output), in a fork of a process that has imported everything."""
+    process = subprocess.Popen([sys.executable, ROOT / "tests/forked.py"], stdin=subprocess.PIPE, text=True,
+                               stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+    def ask(*program, **environment):
+        process.stdin.write(json.dumps([str(folder), environment, program]) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield ask
+    process.stdin.close()
+    process.wait(60)
+
+
+def train(run, tmp_path, *arguments, **environment):
+    return run(str(ROOT / "grpo_train.py"), "MODEL=model", "DATASET=ok.jsonl", "EVAL_DATASET=ok.jsonl", "BETA=0",
+               "STEPS=1", "EVAL_EVERY=0", "SAVE_EVERY=0", "PROMPTS_PER_STEP=2", "GROUP_SIZE=2", "REWARDS=mine:half",
+               "MAX_COMPLETION_TOKENS=4", f"OUTPUT_DIR={tmp_path}/run", *arguments, **environment)
+
+
+REFUSED = {
+    "MODEL=": "MODEL is empty",
+    "MODEL=nowhere/at/all": "cannot load MODEL=nowhere/at/all",
+    "DTYPE=float16": "expected one of auto, float32, bfloat16",
+    "DATASET=": "DATASET is empty",
+    "DATASET=nowhere.jsonl": "cannot read the data set nowhere.jsonl: .*No such file",
+    "DATASET=broken.csv": "cannot read the data set broken.csv",
+    "DATASET=broken.parquet": "cannot read the data set broken.parquet",
+    "DATASET=broken.jsonl.gz": "cannot read the data set broken.jsonl.gz",
+    "DATASET=text.txt": "expected a .jsonl, .json, .csv, .parquet or .arrow file",
+    "DATASET=two.jsonl::test": "Unknown split",
+    "DATASET=two.jsonl::tr[": "Unrecognized instruction",
+    "QUESTION_COLUMN=problem": "needs a column problem",
+    "OUTPUT_DIR=": "OUTPUT_DIR is empty",
+    "OUTPUT_DIR=/dev/null": "cannot be written",
+    "REWARDS=": "no reward function",
+    "REWARDS=mine:nothing": "module 'mine' has no attribute 'nothing'",
+    "REWARDS=nowhere:f": "No module named 'nowhere'",
+    "REWARDS=wrong:f": "SyntaxError",
+    "REWARDS=math:pi": "is not a function",
+    "REWARDS=nan*mine:half": "the weight of half is nan",
+    "REWARDS=mine:half,mine:half": "REWARDS holds half twice",
+    "REWARDS=mine:none": "reward lambda returned None, expected a list",
+    "REWARDS=mine:short": "returned 1 values for 4 completions",
+    "REWARDS=mine:words": "returned .*good.*, expected a list of numbers",
+    "REWARDS=get_cosine_scaled_reward": "Does it make a reward function?",
+    "REWARDS=accuracy_reward": "missing a required argument: 'solution'",
+    "SEED=-1": "SEED=-1",
+    "SEED=99999999999": "SEED=99999999999: expected",
+    "STEPS=-1": "STEPS=-1: expected a number, 0 or above",
+    "STEPS=1.5": "STEPS=1.5: expected int",
+    "PROMPTS_PER_STEP=0": "expected a number over 0",
+    "GROUP_SIZE=1": "expected a number over 1",
+    "MAX_PROMPT_TOKENS=1": "more than MAX_PROMPT_TOKENS=1 tokens",
+    "MAX_COMPLETION_TOKENS=100000": "is over the .* tokens of MODEL",
+    "MIN_COMPLETION_TOKENS=9": "MIN_COMPLETION_TOKENS=9 is over the maximum",
+    "TEMPERATURE=0": "expected a number over 0",
+    "SAMPLER=other": "expected one of auto, transformers, graph, vllm",
+    "SAMPLER=vllm": "requirements-vllm.txt",
+    "IS_CAP=0": "expected a number over 0",
+    "LOSS_TYPE=gpro": "expected one of grpo, dr_grpo",
+    "BETA=nan": "BETA=nan: expected a number, 0 or above",
+    "REF_SYNC_EVERY=5": "with BETA=0 there is no reference",
+    "UPDATES_PER_BATCH=0": "expected a number over 0",
+    "REF_MIXUP_ALPHA=2": "expected a number over 0, up to 1",
+    "LR=nan": "LR=nan: expected a number, 0 or above",
+    "LR=fast": "LR=fast: expected float",
+    "MAX_SKIPPED_STEPS=0": "expected a number over 0",
+    "ZERO_STAGE=4": "expected one of 0, 1, 2, 3",
+    "LORA_RANK=5000": "is over the 128 numbers of a hidden state",
+    "KEEP_CHECKPOINTS=-1": "expected a number, 0 or above",
+    "TRACKERS=mlflow": "expected csv, tensorboard, wandb",
+    "TRACKERS=wandb": "DeepSpeed cannot start with DS_CONFIG: UsageError",
+    "RESUME=yes": "expected bool",
+    "lr=1": "unknown constant 'lr=1'",
+    "--lr": "unknown constant '--lr'",
+}
+
+
+@pytest.mark.parametrize("argument", REFUSED)
+def test_a_wrong_value_is_one_sentence(run, tmp_path, argument):
+    code, text = train(run, tmp_path, argument)
+    assert code == 1 and "Traceback" not in text, text
+    assert re.search(REFUSED[argument], text), text
+
+
+@pytest.mark.parametrize("argument, sentence", [
+    ("EVAL_SAMPLES=0", "EVAL_SAMPLES=0: expected a number over 0"),
+    ("TEMPERATURE=0", "TEMPERATURE=0.0: expected a number over 0"),
+    ("MODEL=model,model,model", "expected one model or two"),
+    ("EVAL_DATASET=", "EVAL_DATASET=: nothing to evaluate on"),
+    ("EVAL_DATASET=nowhere.csv", "cannot read the data set nowhere.csv"),
+    ("REWARDS=mine:nothing", "no reward function mine:nothing")])
+def test_a_wrong_value_of_evaluate_is_one_sentence(run, tmp_path, argument, sentence):
+    code, text = run("-m", "grpo.evaluate", "MODEL=model", "EVAL_DATASET=ok.jsonl", f"OUTPUT_DIR={tmp_path}", argument)
+    assert code == 1 and "Traceback" not in text and sentence in text, text
+
+
+@pytest.mark.parametrize("argument, sentence", [
+    ("PORT=-1", "PORT=-1: expected"), ("PORT=99999", "PORT=99999: expected a number over -1, up to 65535"), ("HOST=0.0.0.0", "set REF_TOKEN"),
+    ("HOST=nowhere.invalid", "set REF_TOKEN"), ("MODEL=nowhere/at/all", "cannot load MODEL"),
+    ("DTYPE=int8", "expected one of auto")])
+def test_a_wrong_value_of_the_server_is_one_sentence(run, argument, sentence):
+    code, text = run(str(ROOT / "ref_server.py"), "MODEL=model", "PORT=0", argument, REF_TOKEN="")
+    assert code == 1 and "Traceback" not in text and sentence in text, text
+
+
+ACCEPTED = {
+    "DATASET=ok.csv": {}, "DATASET=ok.json": {}, "DATASET=ok.jsonl.gz": {}, "DATASET=two.jsonl::train[:1]": {},
+    "EVAL_DATASET=": {}, "SYSTEM_PROMPT=": {}, "TRACKERS=csv": {}, "OUTPUT_DIR=here/with blank/\u00f6": None,
+    "REWARDS=0.5 * mine:half , mine:thing": {"reward": 2.25, "reward/half": 0.5, "reward/Callable": 2.0},
+    "REWARDS=mine:slow": {"reward/slow": 1.0}, "REWARDS=mine:part": {"reward/half": 0.5},
+    "REWARDS=mine:plain": {"reward/plain": 5.0}, "REWARDS=mine:of_trl": {"reward/lambda": 1.0, "updates": 0.0},
+}
+
+
+@pytest.mark.parametrize("argument", ACCEPTED)
+def test_an_odd_value_is_right(run, tmp_path, argument):
+    code, text = train(run, tmp_path, argument)
+    assert code == 0 and "Traceback" not in text, text
+    if ACCEPTED[argument] is not None:
+        last = rows(tmp_path / "run/metrics.jsonl")[-1]
+        assert ACCEPTED[argument].items() <= last.items()
+
+
+ROWS = {  # a row of a data set: what is wrong with it
+    '{}': "needs a column question",
+    '{"conversations": [{"from": "human", "value": "a"}]}': "conversations are ShareGPT's",
+    '{"question": null}': "row 2 .* found {'question': None}",
+    '{"question": ""}': "row 2 .* found {'question': ''}",
+    '{"question": "  "}': "row 2 .*expected a text",
+    '{"question": 5}': "row 2 .*expected a text",
+    '{"prompt": null}': "row 2 .* found {'prompt': None}",
+    '{"prompt": ""}': "row 2 .* found {'prompt': ''}",
+    '{"prompt": []}': r"row 2 .* found {'prompt': \[\]}",
+    '{"prompt": 5}': "row 2 .*prompt is 5, expected a text or a list of chat messages",
+    '{"prompt": {"role": "user", "content": "a"}}': "row 2 .*expected a text or a list",
+    '{"prompt": ["a"]}': "row 2 .*prompt holds 'a', expected a message with role and content",
+    '{"prompt": [{"role": "user"}]}': "row 2 .*expected a message with role and content",
+    '{"prompt": [{"content": "a"}]}': "row 2 .*expected a message with role and content",
+    '{"prompt": [{"role": "user", "content": null}]}': "row 2 .*expected a message with role and content",
+    '{"prompt": [{"from": "human", "value": "a"}]}': "row 2 .*the messages are ShareGPT's: rename from to role",
+    '{"question": "half of \\ud83d"}': "row 2 .*surrogates not allowed",
+    '{"question": "a", "more": 1}': "row 2 .*the columns are",
+    '{"question": "a"': "line 3 is not a JSON object",
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_bad_row_is_named(tiny, tmp_path, row):
+    name = "prompt" if "prompt" in row else "question"
+    first = row if "needs" in ROWS[row] or "ShareGPT's" in ROWS[row][:30] else json.dumps({name: "1 + 1"})
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{first}\n\n{row}\n")
+    with pytest.raises(SystemExit, match=ROWS[row]):
+        load_prompts(str(path), tiny[1], "Think.", 99)
+
+
+@pytest.mark.parametrize("answer", ["null", "NaN", '"N/A"', '"nan"', "[1]", '{"a": 1}', '""', "true", "Infinity", '"#"'])
+def test_an_answer_that_is_none_is_refused_with_its_row(tiny, tmp_path, answer):
+    path = tmp_path / "data.jsonl"
+    long = json.dumps({"question": "1 + 1 " * 99, "answer": "1"})  # left out, but counted
+    path.write_text(f'{long}\n{{"question": "a", "answer": "1"}}\n{{"question": "b", "answer": {answer}}}\n')
+    prompts = load_prompts(str(path), tiny[1], "", 99)
+    with pytest.raises(SystemExit, match="reward_correct cannot judge the data set: row 3: the answer"):
+        check_rewards(load_rewards(["reward_correct"]), prompts)
+
+
+def test_a_data_column_may_have_any_name(tiny, tmp_path):
+    path = tmp_path / "data.jsonl"
+    names = "functions prompts prompt_texts completions completion_ids rows given trainer_state log_metric".split()
+    path.write_text(json.dumps({"question": "a"} | dict.fromkeys(names, "data")) + "\n")
+    check_rewards(load_rewards(["reward_format"]), load_prompts(str(path), tiny[1], "", 99))
