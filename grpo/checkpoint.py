@@ -177,8 +177,10 @@ def write(unfinished: Path, policy) -> None:
 def save_tokenizer(policy, folder: Path) -> None:
     """The tokenizer, and of a vision-language checkpoint the files of its processor."""
     policy.tokenizer.save_pretrained(folder)
-    for name in PROCESSOR_FILES:
-        if found := cached_file(policy.path, name, _raise_exceptions_for_missing_entries=False):
+    for name in PROCESSOR_FILES if hasattr(policy.model.config, "vision_config") else ():
+        found = cached_file(policy.path, name, _raise_exceptions_for_missing_entries=False,
+                            _raise_exceptions_for_connection_errors=False)  # a save needs no network
+        if found:
             shutil.copy(found, folder)
 
 
