@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import socket
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -61,11 +62,9 @@ def prepare(path: Path, constants: dict, resume: bool) -> int:
     fixed = [name for name in constants if name not in MAY_CHANGE]
     constants = {name: constants[name] for name in constants if name in [*fixed, "STEPS"]}
     now = json.loads(json.dumps(constants, default=name_of))
-    try:
+    with writing_to(path):
         path.mkdir(parents=True, exist_ok=True)
         lock(path)
-    except OSError as error:
-        raise SystemExit(f"OUTPUT_DIR={path} cannot be written: {error}") from error
     if (path / "metrics.jsonl").exists():
         before = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
         changed = [f"{name}={before.get(name)} there" for name in fixed if before.get(name, now[name]) != now[name]]
@@ -74,11 +73,9 @@ def prepare(path: Path, constants: dict, resume: bool) -> int:
     last = max([0, *complete(path)])
     require(not last or (path / f"step_{last}/state").is_dir(), f"{path}/step_{last} has no state/ to continue from: "
             f"move it away to continue from an earlier step, or begin a new run with MODEL={path}/step_{last}")
-    try:
+    with writing_to(path):
         replace(path / "run.json", json.dumps(now, indent=1))
         shutil.copy(Path(__file__).with_name("page.html"), path / "index.html")
-    except OSError as error:
-        raise SystemExit(f"OUTPUT_DIR={path} cannot be written: {error}") from error
     for leftover in path.glob("step_*.unfinished"):
         shutil.rmtree(leftover)
     if (reference := path / f"step_{last}/state/reference.safetensors").exists():
@@ -86,6 +83,15 @@ def prepare(path: Path, constants: dict, resume: bool) -> int:
     for name in "metrics", "completions":
         cut(path / f"{name}.jsonl", last)
     return last
+
+
+@contextmanager
+def writing_to(path: Path):
+    """A context in which an OSError becomes SystemExit, because OUTPUT_DIR cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(f"OUTPUT_DIR={path} cannot be written: {error}") from error
 
 
 def lock(path: Path) -> None:

@@ -72,10 +72,8 @@ def evaluate(rollouts, prompts: list[Prompt], rewards: list[Reward], tokenizer) 
 def compare() -> None:
     """A table about MODEL, and OUTPUT_DIR/evaluation.json, .jsonl and .html."""
     names, folder = MODEL.split(","), Path(OUTPUT_DIR)
-    try:
+    with checkpoint.writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"OUTPUT_DIR={folder} cannot be written: {error}") from error
     rewards = load_rewards(REWARDS)
     found = [complete_all(name, rewards) for name in names]
     numbers = sorted(set.intersection(*map(set, found)))  # each tokenizer leaves out what is too long for it

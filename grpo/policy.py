@@ -130,12 +130,12 @@ def add_adapters(model, rank: int, seed: int):
     it. Prints which layers they are, because experts may not be among them."""
     from peft import LoraConfig, get_peft_model  # here, because it takes half a second and 13 MB
 
-    widest = model.config.get_text_config().hidden_size
-    require(rank <= widest, f"LORA_RANK={rank} is over the {widest} numbers of a hidden state: it would save nothing")
+    config = model.config.get_text_config()
+    require(rank <= config.hidden_size, f"LORA_RANK={rank} is over the {config.hidden_size} numbers of a hidden state: "
+                                        "it would save nothing")
     torch.manual_seed(seed)
-    refused = UNADAPTED.get(model.config.get_text_config().model_type)
     whole = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
-                                             exclude_modules=refused, task_type="CAUSAL_LM"))
+                                             exclude_modules=UNADAPTED.get(config.model_type), task_type="CAUSAL_LM"))
     adapted = {name.partition(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
     if os.environ.get("RANK", "0") == "0":
         print("LoRA adapts", ", ".join(sorted(adapted - {"base_layer"})), flush=True)

@@ -158,8 +158,9 @@ def test_a_wrong_value_of_evaluate_is_one_sentence(run, tmp_path, argument, sent
 
 
 @pytest.mark.parametrize("argument, sentence", [
-    ("PORT=-1", "PORT=-1: expected"), ("PORT=99999", "PORT=99999: expected a number over -1, up to 65535"), ("HOST=0.0.0.0", "set REF_TOKEN"),
-    ("HOST=nowhere.invalid", "set REF_TOKEN"), ("MODEL=nowhere/at/all", "cannot load MODEL"),
+    ("PORT=-1", "PORT=-1: expected"), ("PORT=99999", "PORT=99999: expected a number over -1, up to 65535"),
+    ("HOST=0.0.0.0", "set REF_TOKEN"), ("HOST=nowhere.invalid", "set REF_TOKEN"),
+    ("MODEL=nowhere/at/all", "cannot load MODEL"),
     ("DTYPE=int8", "expected one of auto")])
 def test_a_wrong_value_of_the_server_is_one_sentence(run, argument, sentence):
     code, text = run(str(ROOT / "ref_server.py"), "MODEL=model", "PORT=0", argument, REF_TOKEN="")
@@ -217,7 +218,8 @@ def test_a_bad_row_is_named(tiny, tmp_path, row):
         load_prompts(str(path), tiny[1], "Think.", 99)
 
 
-@pytest.mark.parametrize("answer", ["null", "NaN", '"N/A"', '"nan"', "[1]", '{"a": 1}', '""', "true", "Infinity", '"#"'])
+@pytest.mark.parametrize("answer", [
+    "null", "NaN", '"N/A"', '"nan"', "[1]", '{"a": 1}', '""', "true", "Infinity", '"#"'])
 def test_an_answer_that_is_none_is_refused_with_its_row(tiny, tmp_path, answer):
     path = tmp_path / "data.jsonl"
     long = json.dumps({"question": "1 + 1 " * 99, "answer": "1"})  # left out, but counted

@@ -4,7 +4,6 @@
 """
 import copy
 import random
-import sys
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from conftest import ROOT  # noqa: F401
 import arithmetic
 import grpo_train
 from grpo import checkpoint, distributed, sampling
-from grpo.checkpoint import merged
 from grpo.engine import start_engine
 from grpo.policy import Policy, token_logps
 from grpo.sampling import generate, sample
@@ -90,7 +88,8 @@ WITH_VISION = {  # class in transformers: family of its text model and what that
 def make_model_with_vision(name: str):
     torch.manual_seed(0)
     family, text, vision = WITH_VISION[name]
-    config = getattr(transformers, f"{name}Config")(text_config=SHAPE | FAMILIES[family][1] | text, vision_config=vision)
+    config = getattr(transformers, f"{name}Config")(
+        text_config=SHAPE | FAMILIES[family][1] | text, vision_config=vision)
     return randomised(getattr(transformers, f"{name}ForConditionalGeneration")(config))
 
 
@@ -188,7 +187,7 @@ def test_lora_trains_a_family_and_merges_into_it(family, tmp_path, capsys):
     assert sum(parameter.grad is not None and bool(parameter.grad.any()) for parameter in trained.values()) > 1
     sampled = torch.cat([one.sampler_logps for one in samples])
     assert (logps - sampled).abs().max() < 2e-5
-    merged(policy.model).save_pretrained(tmp_path / "merged")
+    checkpoint.merged(policy.model).save_pretrained(tmp_path / "merged")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (token_logps(model, *pack(samples)) - sampled).abs().max() < 1e-3  # sums in another order
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
