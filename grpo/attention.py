@@ -1,4 +1,4 @@
-"""Attention for rows that share prompts, without padding; and the key-value cache of decoding.
+"""Attention for rows that share prompts, without padding.
 
 The rows of a batch differ in length, and those of a group begin with the same prompt. As a rectangle, half of what the
 linear layers compute could be padding and prompts again. So the model is given every token once, as one long row, and
@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -83,51 +82,3 @@ def pack_attention(model) -> None:
         AttentionInterface.register("packed", attention)
         AttentionMaskInterface.register("packed", sdpa_mask)
         model.set_attn_implementation("packed")
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values (B, heads, T, D) with room for more tokens: another token does not copy all of them."""
-    tokens, block = 0, 64
-
-    def get_seq_length(self) -> int:
-        return self.tokens
-
-    def update(self, keys, values, *_, **__):
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
-        states = self.longer(keys.shape[2])
-        for state, new in zip(states, (keys, values)):
-            state[:, :, -keys.shape[2] :] = new
-        return states
-
-    def longer(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values with `count` more tokens at their end, which are still to be written."""
-        self.tokens += count
-        if (missing := self.tokens - self.keys.shape[2]) > 0:
-            self.keys, self.values = (functional.pad(tensor, (0, 0, 0, missing + self.block))
-                                      for tensor in (self.keys, self.values))
-        return self.keys[:, :, : self.tokens], self.values[:, :, : self.tokens]
-
-
-def select_rows(cache, rows) -> None:
-    """Of the cache's rows only these (B,), in this order. A RoomyLayer copies none that keeps its place."""
-    moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
-    source = rows[moved]
-    for layer in cache.layers:
-        if type(layer) is RoomyLayer:
-            for states in layer.keys, layer.values:
-                states[moved] = states[source]
-            layer.keys, layer.values = layer.keys[: len(rows)], layer.values[: len(rows)]
-        else:
-            layer.batch_select_indices(rows)
-
-
-def additive(mask, dtype) -> torch.Tensor:
-    """A mask (B, T) as attention adds it to its scores, (B, 1, 1, T): 0 or -inf.
-
-    Made once a step, because each layer would otherwise convert the mask again. Rows have room for a multiple of 8
-    numbers, because a GPU's attention would otherwise copy the mask in each layer.
-    """
-    room = torch.zeros(len(mask), 1, 1, -(-mask.shape[1] // 8) * 8, dtype=dtype, device=mask.device)
-    return room[..., : mask.shape[1]].masked_fill_(mask[:, None, None] == 0, -torch.inf)

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo import sampling
 from grpo.attention import pack_attention
+from grpo.sampling import generate, sample
 from grpo.sampling import graph as graph_sampler
-from grpo.sampling import sample
 from grpo.sampling import transformers as transformers_sampler
+from grpo.sampling.step import Step
 
 MANY = list(range(0, 320, 10))  # stop tokens, so that completions end all the time
 
@@ -23,14 +24,16 @@ MANY = list(range(0, 320, 10))  # stop tokens, so that completions end all the t
     {"max_tokens": 1, "stop": MANY}])
 @pytest.mark.parametrize("block", [5, 64])
 def test_the_completions_are_those_of_the_other_sampler(tiny, monkeypatch, options, block):
-    monkeypatch.setattr(graph_sampler, "BLOCK", block)
+    monkeypatch.setattr(transformers_sampler, "BLOCK", block)
+    monkeypatch.setattr(transformers_sampler, "LOOK_EVERY", 3)
     model, _ = tiny
-    expected, completions = (sample(model, PROMPTS, 16, seeds=[1, 2, 3], decode=decoder, **options)
-                             for decoder in (None, graph_sampler.decode))
-    assert len(completions) == len(expected) == 48
-    for ours, theirs in zip(completions, expected):
-        assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.ended == theirs.ended
-        torch.testing.assert_close(ours.sampler_logps, theirs.sampler_logps, atol=1e-5, rtol=0)
+    decoders = generate.decode, transformers_sampler.decode, graph_sampler.decode
+    expected, *found = (sample(model, PROMPTS, 16, seeds=[1, 2, 3], decode=decoder, **options) for decoder in decoders)
+    for completions in found:
+        assert len(completions) == len(expected) == 48
+        for ours, theirs in zip(completions, expected):
+            assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.ended == theirs.ended
+            torch.testing.assert_close(ours.sampler_logps, theirs.sampler_logps, atol=1e-5, rtol=0)
     if options["stop"] is MANY and options["max_tokens"] > 1:
         assert len({len(completion.tokens) for completion in completions}) > 4 or not options.get("temperature", 1)
 
@@ -40,11 +43,16 @@ class Reads(TorchDispatchMode):
     count, names = 0, ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal")
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        self.count += function.overloadpacket.__name__ in self.names
+        name = function.overloadpacket.__name__
+        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in arguments[1])
+        self.count += name in self.names or by_mask
         return function(*arguments, **options or {})
 
 
-def test_a_step_reads_no_value(tiny):
+def test_a_step_reads_no_value(tiny, monkeypatch):
+    monkeypatch.setattr(transformers_sampler, "LOOK_EVERY", 64)
+    monkeypatch.setattr(transformers_sampler, "next_logits", lambda model, *inputs: Step(model)(*inputs))  # as on a GPU
+
     def reads(tokens, decoder):
         with Reads() as counted:
             sample(tiny[0], PROMPTS, 4, max_tokens=tokens, stop=[-1], min_tokens=3, seeds=[1, 2, 3], decode=decoder)
@@ -54,10 +62,10 @@ def test_a_step_reads_no_value(tiny):
     assert reads(60, None) > reads(6, None)  # so that the count means something
 
 
-def test_a_model_with_a_sliding_window_is_refused(tiny):
-    model = make_model("Mistral")
+def test_a_model_with_experts_is_refused():
+    model = make_model("Mixtral")
     pack_attention(model)
-    with pytest.raises(SystemExit, match="SAMPLER=graph wants a model with full attention in every layer"):
+    with pytest.raises(SystemExit, match="SAMPLER=graph wants a model without experts"):
         sample(model, PROMPTS, 2, max_tokens=4, stop=[-1], seeds=[1, 2, 3], decode=graph_sampler.decode)
 
 
@@ -85,9 +93,10 @@ def test_the_graph_is_taken_on_a_gpu_where_the_model_allows(tiny, monkeypatch):
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     assert sampling.decoder("auto", model) is graph_sampler.decode
     assert sampling.decoder("transformers", model) is plain
-    mistral = make_model("Mistral")
-    monkeypatch.setattr(type(mistral), "device", torch.device("cuda"))
-    assert sampling.decoder("auto", mistral) is plain
+    mixtral = make_model("Mixtral")
+    pack_attention(mixtral)
+    monkeypatch.setattr(type(mixtral), "device", torch.device("cuda"))
+    assert sampling.decoder("auto", mixtral) is plain
 
 
 def test_a_run_with_it_is_a_run_without_it(launch, few, tmp_path):

@@ -43,6 +43,7 @@ SHAPE = dict(
 )
 FAMILIES = {
     "Qwen2": {},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen3": {"head_dim": 8},
     "Llama": {},
     "Mistral": {"sliding_window": 8},

@@ -20,7 +20,7 @@ from grpo.constants import constants_of, override_constants
 from grpo.attention import pack_attention
 from grpo.data import load_prompts
 from grpo.policy import load_model, stop_ids
-from grpo.sampling.script import recorded
+from grpo.sampling.step import recorded
 from grpo.sampling import rollouts, sample
 from grpo.sampling.transformers import draw
 from grpo.types import Prompt
@@ -120,8 +120,9 @@ def test_more_sequences_than_fit_are_taken_in_slices(tiny, monkeypatch):
 @pytest.mark.parametrize("module", [sampler, graph_sampler])
 def test_finished_groups_are_passed_on_while_others_are_being_written(tiny, monkeypatch, module):
     tokens, told = [], []
-    monkeypatch.setattr(module, "BLOCK", 3)
-    monkeypatch.setattr(module, "draw", lambda *arguments: tokens.append(1) or draw(*arguments))
+    monkeypatch.setattr(sampler, "BLOCK", 3)
+    monkeypatch.setattr(sampler, "LOOK_EVERY", 3)
+    monkeypatch.setattr(sampler, "draw", lambda *arguments: tokens.append(1) or draw(*arguments))
     options = {"max_tokens": 40, "stop": list(range(0, 320, 10)), "seeds": range(12)}
     prompts = [Prompt(ids) for ids in PROMPTS * 4]
     for groups in rollouts(tiny[0], prompts, 2, **options, decode=module.decode):

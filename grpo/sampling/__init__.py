@@ -35,7 +35,7 @@ def decoder(name: str, model):
     a step of 0.5 to 1.5 billion parameters then takes a quarter of the time."""
     if name == "graph" or name == "auto" and model.device.type == "cuda" and not graph.obstacle(model):
         return graph.decode
-    return generate.decode if generate.is_needed(model) else transformers.decode
+    return transformers.decode if model.config._attn_implementation == "packed" else generate.decode
 
 
 def rollouts(model, prompts: list[Prompt], group_size: int, *, max_tokens: int, stop: list[int], temperature=1.0,

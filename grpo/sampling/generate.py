@@ -5,18 +5,9 @@ samplers. It is slower: a prompt is prefilled for each of its completions, and n
 have ended.
 """
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationConfig, LogitsProcessor
 
 from grpo.sampling.transformers import Written, draw, padded
-
-
-def is_needed(model) -> bool:
-    """Whether the model's memory of a text has parts that `transformers.decode` does not know."""
-    known = DynamicLayer, DynamicSlidingWindowLayer
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-    return (model._is_stateful or "chunked_attention" in kinds
-            or any(type(layer) not in known for layer in DynamicCache(config=model.config).layers))
 
 
 class Draw(LogitsProcessor):
@@ -47,10 +38,6 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
             do_sample=False, eos_token_id=stop, pad_token_id=0, synced_gpus=False)[:, ids.shape[1] :]
     finally:
         model.generation_config = own
-    written = Written(prompts, group_size, max_tokens, model.device)
-    written.tokens[:, : tokens.shape[1]] = tokens
-    written.logps[:, : tokens.shape[1]] = torch.stack(drawing.logps, 1)
-    stops = torch.isin(tokens, torch.tensor(stop, device=model.device))
-    written.ended = stops.any(1)
-    written.lengths[written.ended] = 1 + stops[written.ended].int().argmax(1)
-    yield written.finished(written.lengths[:0])
+    written = Written(prompts, group_size, max_tokens, stop, model.device)
+    written.add(torch.arange(len(ids), device=model.device), 0, tokens, torch.stack(drawing.logps, 1))
+    yield written.finished(ids[:0, 0])

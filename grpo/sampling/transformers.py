@@ -1,16 +1,14 @@
-"""Samples of prompts, by the policy's own modules in transformers: the default on a CPU.
+"""Samples of prompts, by the policy's own modules in transformers: the default.
 
-A prompt is prefilled once for its whole group, a finished sequence leaves the batch (on a GPU within 8 tokens), and
-each token's log-prob comes along at no extra forward pass. The random numbers belong to the prompt's seed, not to the
-batch: a prompt gets the same samples however the prompts are spread over processes.
+A prompt is prefilled once for its whole group, finished sequences leave the batch, and each token's log-prob comes
+along at no extra forward pass. The random numbers belong to the prompt's seed, not to the batch: a prompt gets the same
+samples however the prompts are spread over processes.
 """
 import torch
 from torch.nn import functional
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from grpo.attention import RoomyLayer, select_rows
-from grpo.sampling.script import next_logits
+from grpo.sampling.step import masks, next_logits
 from grpo.types import Group, Prompt, Sample
 
 BLOCK = 64  # tokens from one look for finished groups to the next
@@ -18,21 +16,32 @@ LOOK_EVERY = 8  # on an accelerator, tokens between two looks for ended sequence
 
 
 class Written:
-    """What B = prompts x group_size sequences have written so far."""
+    """What B = prompts x group_size sequences have written so far; they end with one of the `stop` ids."""
 
-    def __init__(self, prompts: list[Prompt], group_size: int, max_tokens: int, device):
+    def __init__(self, prompts: list[Prompt], group_size: int, max_tokens: int, stop: list[int], device):
         count = len(prompts) * group_size
         self.prompts, self.group_size, self.handed_out = prompts, group_size, set()
+        self.stop = torch.tensor(stop, device=device)
         self.tokens = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
         self.logps = torch.zeros(count, max_tokens, device=device)
         self.lengths = torch.full((count,), max_tokens, device=device)
         self.ended = torch.zeros(count, dtype=torch.bool, device=device)
 
-    def finished(self, rows) -> list[Group]:
-        """The groups that were finished since the last call; of the others `rows` (B,) are still being written."""
-        writing, groups = set((rows // self.group_size).tolist()), []
+    def add(self, rows, start: int, tokens, logps) -> None:
+        """The tokens (rows, T), from `start` on, of some of the sequences. What follows a stop does not count."""
+        self.tokens[rows, start : start + tokens.shape[1]] = tokens
+        self.logps[rows, start : start + tokens.shape[1]] = logps
+        stops = torch.isin(tokens, self.stop)
+        stopped = stops.any(1) & ~self.ended[rows]
+        first = start + 1 + stops.int().argmax(1)
+        self.lengths[rows] = torch.where(stopped, first, self.lengths[rows])
+        self.ended[rows] |= stopped
+
+    def finished(self, writing) -> list[Group]:
+        """The groups that were finished since the last call; sequences of the others are still being written."""
+        unfinished, groups = set((writing // self.group_size).tolist()), []
         for place, prompt in enumerate(self.prompts):
-            if place not in writing | self.handed_out:
+            if place not in unfinished | self.handed_out:
                 self.handed_out.add(place)
                 mine = slice(place * self.group_size, (place + 1) * self.group_size)
                 parts = (part[mine].cpu() for part in (self.tokens, self.logps, self.lengths, self.ended))
@@ -43,39 +52,55 @@ class Written:
 
 
 @torch.no_grad()
-def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms):
+def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms, record=None):
     """Yields lists of finished groups, perhaps empty; uniforms (B, max_tokens) in [0, 1), B = prompts x group_size.
 
     At temperature 0 it is greedy and needs none. No sample ends, with one of the `stop` ids, before `min_tokens`.
+    A step has fixed shapes and reads no value, so that `record` can make a CUDA graph of it, see `graph.py`: until the
+    room in the cache is full, or too many sequences have ended. Then these leave, and the others get more room.
     """
-    logits, mask, position, cache = prefill(model, prompts, group_size, max_tokens)
-    device, longest = model.device, mask.shape[1] - max_tokens
-    stop, look = torch.tensor(stop, device=device), LOOK_EVERY if device.type != "cpu" else 1
-    written = Written(prompts, group_size, max_tokens, device)
-    rows = torch.arange(len(logits), device=device)  # the sequences that are still being written
+    device, waits = model.device, record or model.device.type != "cpu"  # Python for the device, when it reads a value
+    logits, mask, position, states = prefill(model, prompts, max_tokens)
+    longest = mask.shape[1] - max_tokens
+    written = Written(prompts, group_size, max_tokens, stop, device)
+    rows = torch.arange(len(prompts) * group_size, device=device)  # the sequences that are in the batch
     uniforms = uniforms.to(device) if temperature else None
-    for t in range(max_tokens):
-        logits = logits.float().div_(temperature or 1)
-        if t < min_tokens - 1:
-            logits[:, stop] = -torch.inf
-        token, logp = draw(logits, uniforms[rows, t] if temperature else None)  # eq. 3: o ~ pi_old
-        written.tokens[rows, t], written.logps[rows, t] = token, logp
-        stopped = torch.isin(token, stop) & ~written.ended[rows]
-        written.lengths[rows] = torch.where(stopped, t + 1, written.lengths[rows])
-        written.ended[rows] |= stopped
-        if t % look == look - 1 and (gone := written.ended[rows]).any():
-            live = (~gone).nonzero()[:, 0]
-            going = torch.arange(len(live), device=device)  # the last rows take the places of those that ended
-            going[gone[: len(live)]] = live[live >= len(live)]
-            select_rows(cache, going)
-            rows, token, mask, position = rows[going], token[going], mask[going], position[going]
-        last = len(rows) == 0 or t == max_tokens - 1
-        if last or t % BLOCK == BLOCK - 1:
-            yield written.finished(rows[:0] if last else rows)
-        if last:
-            break
-        end = longest + t + 1
-        logits = next_logits(model, token, mask[:, :end], position[:, end - 1 : end], cache)
+
+    def step():
+        scores = logits.float() / (temperature or 1)
+        scores[:, written.stop] -= 1e30 * (start + place < min_tokens - 1)
+        token, logp = draw(scores, uniform.index_select(1, place)[:, 0] if temperature else None)  # eq. 3: o ~ pi_old
+        tokens.index_copy_(1, place, token[:, None])
+        logps.index_copy_(1, place, logp[:, None])
+        here, end = longest + start + place, longest + (start + room if record else count + 1)
+        if record or count + 1 < max_tokens:
+            logits.copy_(next_logits(model, token, position.index_select(1, here), here,
+                                     masks(model, mask[:, :end], here), *(state[:, :, :end] for state in states)))
+        place.add_(1)
+
+    count, places = 0, rows // group_size  # tokens of each so far, and where among those before each of the rows is
+    while len(rows) and count < max_tokens:
+        start, room, live = count, min(max(BLOCK, count), max_tokens - count), rows
+        logits, mask, position = (tensor[places] for tensor in (logits, mask, position))
+        for layer, state in enumerate(states):  # one after the other, because together they are twice the memory
+            states[layer] = functional.pad(state[places, :, : longest + count], (0, 0, 0, room))
+        tokens = torch.zeros(len(rows), room, dtype=torch.long, device=device)
+        logps, place = torch.zeros(len(rows), room, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        uniform = uniforms[rows, start : start + room] if temperature else None
+        again, look, enough = step, LOOK_EVERY if waits else 1, 1 / 2 if waits else 7 / 8
+        while count < start + room and len(live) > enough * len(rows):
+            new = slice(count - start, min(count - start + look, room))
+            for _ in range(new.start, new.stop):
+                again()
+                count += 1
+                if record and again is step and room > 1:
+                    again = record(step)  # after a first step, which compiles and allocates what a recording cannot
+            written.add(rows, start + new.start, tokens[:, new], logps[:, new])
+            live = rows[~written.ended[rows]] if count < max_tokens else rows[:0]
+            if count % BLOCK == 0 or not len(live):
+                yield written.finished(live)
+        places = (~written.ended[rows]).nonzero()[:, 0]
+        rows = rows[places]
 
 
 def padded(prompts, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,17 +111,16 @@ def padded(prompts, device) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, (torch.arange(longest, device=device) >= torch.tensor(gaps, device=device)[:, None]).long()
 
 
-def prefill(model, prompts, group_size, max_tokens):
-    """Logits (B, V) after the prompts, mask and position (B, L + max_tokens) of all tokens, and the cache of L."""
+def prefill(model, prompts, max_tokens):
+    """Logits (P, V) after the P prompts, mask and position (P, L + max_tokens) of all tokens, and of L tokens each
+    layer's keys and values (P, heads, L, D)."""
     ids, mask = padded(prompts, model.device)
     longest, mask = ids.shape[1], functional.pad(mask, (0, max_tokens), value=1)
     position = mask.cumsum(1).sub(1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache = DynamicCache()  # all the keys, in layers with a sliding window too
     logits = model(input_ids=ids, attention_mask=mask[:, :longest], position_ids=position[:, :longest],
                    past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    cache.batch_repeat_interleave(group_size)
-    return *(tensor.repeat_interleave(group_size, 0) for tensor in (logits, mask, position)), cache
+    return logits, mask, position, [state for layer in cache.layers for state in (layer.keys, layer.values)]
 
 
 def draw(logits, uniform):
