@@ -153,13 +153,14 @@ def set_token_weights(groups: list[Group]) -> None:
     dr_grpo: 1 / (MAX_COMPLETION_TOKENS * completions), no preference for short ones (arXiv 2503.20783, section 3.2).
     dapo, bnpo, cispo: 1 / (tokens of the step), the mean over all of them (DAPO, arXiv 2503.14476, eq. 12).
     """
-    samples = [one for one in samples_of(groups) if one.ended or not MASK_TRUNCATED]
+    counted = [one for one in samples_of(groups) if one.ended or not MASK_TRUNCATED]
     completions = PROMPTS_PER_STEP * GROUP_SIZE
-    tokens_in_step = distributed.reduce([sum(len(one.tokens) for one in samples)])[0]
-    divisors = {"dr_grpo": MAX_COMPLETION_TOKENS * completions}
-    for one in samples:
+    tokens_in_step = distributed.reduce([sum(len(one.tokens) for one in counted)])[0]
+    divisors = dict.fromkeys(("dapo", "bnpo", "cispo"), tokens_in_step)
+    divisors["dr_grpo"] = MAX_COMPLETION_TOKENS * completions
+    for one in counted:
         divisors["grpo"] = len(one.tokens) * completions  # eq. 3: 1/G, 1/length
-        one.weight = 1 / divisors.get(LOSS_TYPE, tokens_in_step)
+        one.weight = 1 / divisors[LOSS_TYPE]
 
 
 def GRPO_step(logps: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -262,7 +263,7 @@ def main():
         set_token_weights(groups)
 
         # 4. Micro-batches of the groups that have something to teach, equally many on every process.
-        batches = make_batches(teaching(groups), groups[0].samples[0], tokens, engine.device)
+        batches = make_batches(teaching(groups), tokens, engine.device)
 
         # 5. The update. Losses are sums, so it does not matter how the step is split.
         set_lr(engine, lr := LR * min(1, step / max(1, WARMUP_STEPS)))

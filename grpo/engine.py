@@ -1,7 +1,6 @@
 """DeepSpeed's engine: how it starts, the micro-batches it is given, and what it does at gradients that are not finite.
 """
 import gc
-from dataclasses import replace
 
 import deepspeed
 import torch
@@ -9,7 +8,7 @@ import torch.distributed as dist
 
 from grpo.constants import require
 from grpo.distributed import largest
-from grpo.types import Group, MicroBatch, Sample, in_batches, micro_batch, samples_of
+from grpo.types import Group, MicroBatch, Prompt, Sample, in_batches, micro_batch, samples_of
 
 
 def start_engine(module, config: dict):
@@ -27,14 +26,14 @@ def start_engine(module, config: dict):
     return engine
 
 
-def make_batches(groups: list[Group], spare: Sample, budget: int, device) -> list[MicroBatch]:
+def make_batches(groups: list[Group], budget: int, device) -> list[MicroBatch]:
     """Micro-batches of the groups' samples, of at most `budget` tokens each, see `types.split`.
 
     A backward pass may be a collective operation, so every process makes as many: those with fewer micro-batches fill
-    up with the `spare` sample at weight zero.
+    up with a sample of weight zero.
     """
     batches = in_batches(samples_of(groups), budget)
-    spare = replace(spare, weight=0.0, ref_logps=None)
+    spare = Sample(Prompt([0]), torch.tensor([0]), torch.zeros(1), ended=True, advantages=torch.zeros(1))
     batches += [[spare]] * (max(1, int(largest(len(batches)))) - len(batches))
     return [micro_batch(samples, device) for samples in batches]
 

@@ -13,48 +13,12 @@ def compiled(function):
     return torch.compile(function, dynamic=True)
 
 
-def head_logps(model, hidden, targets, weight=None, temperature=1.0):
-    """Log-probs (C,) float32 of `targets` (C,) at a temperature, from the last hidden states (C, H) before them.
-
-    `weight` (V, H) takes the place of the head's own, see `embed_tied`.
-    """
+def head_logps(model, hidden, targets, temperature=1.0):
+    """Log-probs (C,) float32 of `targets` (C,) at a temperature, from the last hidden states (C, H) before them."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     scale = getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1) / temperature  # Cohere, Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    weight = head.weight if weight is None else weight
-    return HeadLogps.apply(hidden, weight, getattr(head, "bias", None), targets, scale, cap, LOGITS_PER_TILE)
-
-
-class UsedTwice(torch.autograd.Function):
-    """An embedding (V, H) that is the LM head too: once for the head, once for the body.
-
-    The body's gradient is sparse, of the tokens that were embedded, and is added to the head's; a second dense (V, H)
-    would be the peak of the memory.
-    """
-
-    @staticmethod
-    def forward(ctx, weight):
-        return weight.view_as(weight), weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, grad_head, grad_body):
-        tokens, place = grad_body._indices()[0].unique(return_inverse=True)
-        sums = torch.ops.aten.embedding_dense_backward(grad_body._values(), place, len(tokens), -1, False)
-        return grad_head.index_add_(0, tokens, sums)
-
-
-def embed_tied(model, ids) -> tuple[torch.Tensor | None, dict]:
-    """The weight of the LM head, None for the model's own, and the arguments with which the body takes `ids`.
-
-    A trained embedding that is the LM head too is split by `UsedTwice`; not with ZeRO 3, where a module's parameters
-    are there only while it is at work.
-    """
-    embedding, weight = model.get_input_embeddings(), next(model.get_output_embeddings().parameters())
-    plain = type(embedding) is torch.nn.Embedding and not hasattr(weight, "ds_id")
-    if plain and embedding.weight is weight and torch.is_grad_enabled() and weight.requires_grad:
-        weight, for_body = UsedTwice.apply(weight)
-        return weight, {"inputs_embeds": functional.embedding(ids, for_body, embedding.padding_idx, sparse=True)}
-    return None, {"input_ids": ids}
+    return HeadLogps.apply(hidden, head.weight, getattr(head, "bias", None), targets, scale, cap, LOGITS_PER_TILE)
 
 
 def log_total(logits, scale) -> torch.Tensor:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from grpo.attention import layout, pack_attention
 from grpo.constants import require
 from grpo.fused import fuse
-from grpo.head import embed_tied, head_logps
+from grpo.head import head_logps
 from grpo.types import split
 
 CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}"
@@ -165,14 +165,15 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     rows = torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_token, tokens.long())
     where = layout(rows, prompt_lens, lens)
     packed = model.config._attn_implementation == "packed"
-    head_weight, inputs = embed_tied(model, rows[where.computed][None] if packed else rows)
+    inputs = {"input_ids": rows}
     if packed:
-        inputs |= {"layout": where, "position_ids": position.expand_as(rows)[where.computed][None],
-                   "attention_mask": tokens.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
+        inputs = {"input_ids": rows[where.computed][None], "layout": where,
+                  "position_ids": position.expand_as(rows)[where.computed][None],
+                  "attention_mask": tokens.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
     hidden = decoder(model)(**inputs, use_cache=False).last_hidden_state
     hidden = hidden[0] if packed else hidden[where.computed]  # (N, H)
     hidden = hidden[where.number[:, :-1][is_completion[:, 1:]]]  # shift by one: position t predicts t + 1; (C, H)
-    return head_logps(model, hidden, rows[is_completion], head_weight, temperature)
+    return head_logps(model, hidden, rows[is_completion], temperature)
 
 
 @torch.no_grad()

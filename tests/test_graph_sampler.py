@@ -4,7 +4,6 @@ import pytest
 import torch
 import transformers
 from conftest import rows
-from test_ref_server import make_model
 from test_sampler import PROMPTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,9 +61,16 @@ def test_a_step_reads_no_value(tiny, monkeypatch):
     assert reads(60, None) > reads(6, None)  # so that the count means something
 
 
-def test_a_model_with_experts_is_refused():
-    model = make_model("Mixtral")
+def make_mixtral():
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=320, num_local_experts=4, num_experts_per_tok=2)).eval()
     pack_attention(model)
+    return model
+
+
+def test_a_model_with_experts_is_refused():
+    model = make_mixtral()
     with pytest.raises(SystemExit, match="SAMPLER=graph wants a model without experts"):
         sample(model, PROMPTS, 2, max_tokens=4, stop=[-1], seeds=[1, 2, 3], decode=graph_sampler.decode)
 
@@ -93,8 +99,7 @@ def test_the_graph_is_taken_on_a_gpu_where_the_model_allows(tiny, monkeypatch):
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     assert sampling.decoder("auto", model) is graph_sampler.decode
     assert sampling.decoder("transformers", model) is plain
-    mixtral = make_model("Mixtral")
-    pack_attention(mixtral)
+    mixtral = make_mixtral()
     monkeypatch.setattr(type(mixtral), "device", torch.device("cuda"))
     assert sampling.decoder("auto", mixtral) is plain
 

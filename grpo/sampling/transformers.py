@@ -136,14 +136,14 @@ def draw(logits, uniform):
     size = next(size for size in range(512, 0, -1) if probs.shape[1] % size == 0)
     blocks = probs.unflatten(1, (-1, size))
     sums = blocks.sum(-1)
-    block, uniform = pick(sums, uniform)
-    place, _ = pick(blocks[torch.arange(len(block), device=block.device), block], uniform)
+    block, uniform = at_quantile(sums, uniform)
+    place, _ = at_quantile(blocks[torch.arange(len(block), device=block.device), block], uniform)
     token = block * size + place
     total = sums.sum(-1, dtype=torch.float64)  # 1, but for what softmax loses where it adds 150,000 up in float32
     return token, (probs.gather(1, token[:, None])[:, 0] / total).log().float()
 
 
-def pick(weights, uniform):
+def at_quantile(weights, uniform):
     """Indices (B,) in weights (B, N) that uniform (B,) points at, and where within each, again in [0, 1)."""
     ends = weights.cumsum(-1, dtype=torch.float64)
     target = uniform[:, None] * ends[:, -1:]
