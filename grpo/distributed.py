@@ -76,8 +76,10 @@ def run(main) -> None:
     """Calls main(). An error is printed and ends this process at once, whatever its threads are waiting for."""
     try:
         return main()
-    except SystemExit as error:
-        print(error, file=sys.stderr)
+    except (SystemExit, ModuleNotFoundError) as error:
+        missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+        hint = f" (pip install {missing.name})" if isinstance(missing, ModuleNotFoundError) else ""
+        print(f"{error}{hint}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     except Exception as error:
