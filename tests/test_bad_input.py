@@ -3,11 +3,13 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, rows
+from safetensors.torch import load_file, save_file
 
 from grpo.data import load_prompts
 from grpo.scoring import check_rewards, load_rewards
@@ -32,6 +34,17 @@ class Callable:
 of_trl = lambda completions, trainer_state, log_metric, log_extra, **columns: (
     log_metric("updates", trainer_state.global_step) or log_extra("letters", list(map(len, completions)))
     or [float(trainer_state.max_steps)] * len(completions))
+
+class Options:
+    def __init__(self, **options):
+        pass
+
+def needs(completions, **columns):
+    return [float(text == right) for text, right in zip(completions, columns["solution"])]
+
+def infinite(completions, **columns):
+    return [float("inf") for _ in completions]
+
 part, thing = functools.partial(half), Callable()
 none = lambda completions, **columns: None
 short = lambda completions, **columns: [1.0]
@@ -102,10 +115,17 @@ REFUSED = {
     "REWARDS=nan*mine:half": "the weight of half is nan",
     "REWARDS=mine:half,mine:half": "REWARDS holds half twice",
     "REWARDS=mine:none": "reward lambda returned None, expected a list",
-    "REWARDS=mine:short": "returned 1 values for 4 completions",
+    "REWARDS=mine:short": "returned 1 values for 2 completions",
     "REWARDS=mine:words": "returned .*good.*, expected a list of numbers",
     "REWARDS=get_cosine_scaled_reward": "Does it make a reward function?",
     "REWARDS=accuracy_reward": "missing a required argument: 'solution'",
+    "REWARDS=rewad_format": "no reward function rewad_format",
+    "REWARDS=texts": "reward texts returned .*, expected a list of numbers and None",
+    "REWARDS=check_answers": "reward check_answers returned None",
+    "REWARDS=mine:Callable": "Does it make a reward function?",
+    "REWARDS=mine:Options": "reward Options returned .*, expected a list of numbers",
+    "REWARDS=mine:needs": r"raised KeyError\('solution'\) at the completion .*; columns: \['question', 'answer'\]",
+    "REWARDS=mine:infinite": "reward infinite returned inf",
     "SEED=-1": "SEED=-1",
     "SEED=99999999999": "SEED=99999999999: expected",
     "STEPS=-1": "STEPS=-1: expected a number, 0 or above",
@@ -120,11 +140,18 @@ REFUSED = {
     "SAMPLER=vllm": "requirements-vllm.txt",
     "IS_CAP=0": "expected a number over 0",
     "LOSS_TYPE=gpro": "expected one of grpo, dr_grpo",
-    "BETA=nan": "BETA=nan: expected a number, 0 or above",
+    "BETA=nan": "BETA=nan: expected a finite number",
     "REF_SYNC_EVERY=5": "with BETA=0 there is no reference",
     "UPDATES_PER_BATCH=0": "expected a number over 0",
     "REF_MIXUP_ALPHA=2": "expected a number over 0, up to 1",
-    "LR=nan": "LR=nan: expected a number, 0 or above",
+    "LR=nan": "LR=nan: expected a finite number",
+    "LR=inf": "LR=inf: expected a finite number",
+    "LR=-inf": "LR=-inf: expected a finite number",
+    "TEMPERATURE=inf": "TEMPERATURE=inf: expected a finite number",
+    "TEMPERATURE=nan": "TEMPERATURE=nan: expected a finite number",
+    "IS_CAP=inf": "IS_CAP=inf: expected a finite number",
+    "CLIP_LOW=nan": "CLIP_LOW=nan: expected a finite number",
+    "MAX_GRAD_NORM=inf": "MAX_GRAD_NORM=inf: expected a finite number",
     "LR=fast": "LR=fast: expected float",
     "MAX_SKIPPED_STEPS=0": "expected a number over 0",
     "ZERO_STAGE=4": "expected one of 0, 1, 2, 3",
@@ -143,6 +170,20 @@ def test_a_wrong_value_is_one_sentence(run, tmp_path, argument):
     code, text = train(run, tmp_path, argument)
     assert code == 1 and "Traceback" not in text, text
     assert re.search(REFUSED[argument], text), text
+
+
+@pytest.mark.parametrize("package, argument", {
+    "wandb": "TRACKERS=wandb", "tensorboard": "TRACKERS=tensorboard", "peft": "LORA_RANK=4",
+    "datasets": "DATASET=ok.csv"}.items())
+def test_a_missing_package_is_one_sentence_with_the_way_out(run, tmp_path, package, argument):
+    code, text = train(run, tmp_path, argument, WITHOUT=package)
+    assert code == 1 and "Traceback" not in text, text
+    assert text.rstrip().endswith(f"(pip install {package})"), text
+
+
+def test_a_package_that_is_not_asked_for_may_be_missing(run, tmp_path):
+    code, text = train(run, tmp_path, "DATASET=two.jsonl", WITHOUT="wandb,tensorboard,peft,datasets,math_verify,vllm")
+    assert code == 0 and "Traceback" not in text, text
 
 
 @pytest.mark.parametrize("argument, sentence", [
@@ -165,6 +206,76 @@ def test_a_wrong_value_of_evaluate_is_one_sentence(run, tmp_path, argument, sent
 def test_a_wrong_value_of_the_server_is_one_sentence(run, argument, sentence):
     code, text = run(str(ROOT / "ref_server.py"), "MODEL=model", "PORT=0", argument, REF_TOKEN="")
     assert code == 1 and "Traceback" not in text and sentence in text, text
+
+
+def config(**changes):
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def weights(change):
+    def changed(path):
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, {"format": "pt"})
+    return changed
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+TOO_LARGE = ("the tokenizer has 327 ids, the embedding only 300: save the model after "
+             r"model.resize_token_embeddings\(len\(tokenizer\)\)")
+BROKEN = {  # what is wrong in a model folder: file, how it is changed, sentence
+    "half a config": ("config.json", half, "config.json' is not a valid JSON file"),
+    "an empty config": ("config.json", lambda path: path.write_text(""), "config.json' is not a valid JSON file"),
+    "a config that is null": ("config.json", lambda path: path.write_text("null"), "cannot load MODEL=.*TypeError"),
+    "no config": ("config.json", os.remove, "model_type"),
+    "an unknown type": ("config.json", config(model_type="qwen99"), "model type `qwen99`"),
+    "another type": ("config.json", config(model_type="gpt2"), "its files lack these weights.* transformer.h.0"),
+    "no language model": ("config.json", config(model_type="vit"), "this kind of AutoModel: AutoModelForCausalLM"),
+    "a word for a number": ("config.json", config(hidden_size="big"), "Field 'hidden_size' expected int, got str"),
+    "more layers": ("config.json", config(num_hidden_layers=4, layer_types=["full_attention"] * 4),
+                    "its files lack these weights.* model.layers.3"),
+    "wider layers": ("config.json", config(intermediate_size=400), f"its files lack these weights.* {UP}"),
+    "an unknown activation": ("config.json", config(hidden_act="foo"), "cannot load MODEL=.*KeyError: 'foo'"),
+    "half the weights": ("model.safetensors", half, "cannot load MODEL=.*SafetensorError"),
+    "a pointer of Git LFS": ("model.safetensors", lambda path: path.write_text("version https://git-lfs.github.com/"),
+                             "cannot load MODEL=.*SafetensorError"),
+    "no weights": ("model.safetensors", os.remove, "no file named model.safetensors"),
+    "a missing tensor": ("model.safetensors", weights(lambda tensors: tensors.pop(UP)),
+                         f"its files lack these weights.*: {UP} "),
+    "a tensor of NaN": ("model.safetensors", weights(lambda tensors: tensors[UP].fill_(float("nan"))),
+                        f"its files lack these weights.*: {UP} "),
+    "a small embedding": ("model.safetensors", weights(lambda tensors: tensors.update(
+        {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:300].clone()})), TOO_LARGE),
+    "half a tokenizer": ("tokenizer.json", half, "cannot load MODEL=.*JSONDecodeError"),
+    "an empty tokenizer": ("tokenizer.json", lambda path: path.write_text("{}"), "cannot load MODEL=.*'added_tokens'"),
+    "no tokenizer": ("tokenizer.json", os.remove, "knows neither letters nor digits: is tokenizer.json missing"),
+    "a list of options": ("tokenizer_config.json", lambda path: path.write_text("[]"), "cannot load MODEL=.*'list'"),
+    "half a generation config": ("generation_config.json", half, "generation_config.json' is not a valid JSON file"),
+    "a list as generation config": ("generation_config.json", lambda path: path.write_text("[]"),
+                                    "cannot load MODEL=.*TypeError: 'list'"),
+    "a word as EOS": ("generation_config.json", config(eos_token_id="</s>"), "eos_token_id is '</s>'"),
+    "half a template": ("chat_template.jinja", half, "MODEL's chat template says: unexpected"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_model_folder_is_one_sentence(run, tmp_path, tiny_folder, name):
+    file, change, sentence = BROKEN[name]
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    if sentence == TOO_LARGE:  # the configuration agrees with the weights
+        config(vocab_size=300, pad_token_id=None, eos_token_id=None)(tmp_path / "model/config.json")
+    change(tmp_path / "model" / file)
+    model = f"MODEL={tmp_path}/model"
+    answers = {"trainer": train(run, tmp_path, model)}
+    answers["evaluate"] = run("-m", "grpo.evaluate", model, "EVAL_DATASET=ok.jsonl", f"OUTPUT_DIR={tmp_path}/run")
+    if name not in ("a word as EOS", "half a template"):  # a server needs neither
+        answers["server"] = run(str(ROOT / "ref_server.py"), model, "PORT=0")
+    for code, text in answers.values():
+        assert code == 1 and "Traceback" not in text and re.search(sentence, text), text
 
 
 ACCEPTED = {
