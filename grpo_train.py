@@ -223,7 +223,7 @@ def main():
     longest, samples = max(len(prompt.ids) for prompt in train), PROMPTS_PER_STEP * GROUP_SIZE // world
     tokens = fitting_tokens(policy, MICRO_BATCH_TOKENS, longest, MAX_COMPLETION_TOKENS, samples, ZERO_STAGE)
     reference = Reference(REF_SERVER, TEMPERATURE, tokens) if BETA else None
-    if reference and rank == 0 and not REF_SYNC_EVERY:
+    if reference and not REF_SYNC_EVERY:
         check_servers(REF_SERVER, policy.module.model, MODEL, train[0].ids)
     rollouts = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
     engine = start_engine(policy.module, DS_CONFIG)

@@ -153,9 +153,10 @@ def check_servers(servers: str, model, name: str, ids: list[int]) -> None:
             check_server(url, model, name, ids)
         except NoAnswer as error:
             absent.append(error)
-            print(error, flush=True)
     if len(absent) == len(servers.split(",")):
         raise absent[0]
+    for error in absent:
+        print(error, flush=True)
 
 
 def health_of(url: str, patience: float) -> dict:

@@ -296,6 +296,14 @@ def test_an_odd_value_is_right(run, tmp_path, argument):
         assert ACCEPTED[argument].items() <= last.items()
 
 
+def test_all_processes_end_with_the_sentence(launch, few, tmp_path):
+    program = "deepspeed", "--num_accelerators", "2", "--master_port=29640", "grpo_train.py"
+    code, text = launch(*program, *few, "REF_SERVER=localhost", f"OUTPUT_DIR={tmp_path}/run").wait(90)
+    said = [line for line in text.splitlines() if "[launch.py" not in line and line.strip()]
+    assert code == 1 and "REF_SERVER=localhost is no address like http://127.0.0.1:59875" in said[-1], text
+    assert "Traceback" not in text and "frame #" not in text, text
+
+
 ROWS = {  # a row of a data set: what is wrong with it
     '{}': "needs a column question",
     '{"conversations": [{"from": "human", "value": "a"}]}': "conversations are ShareGPT's",
