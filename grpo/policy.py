@@ -97,7 +97,7 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     except Exception as error:  # broken files may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split()).replace("trust_remote_code", "TRUST_REMOTE_CODE")
-        raise SystemExit(f"cannot load MODEL={path}: {reason:.400} (the embedded model: python examples/arithmetic.py)"
+        raise SystemExit(f"cannot load MODEL={path}: {reason:.700} (the embedded model: python examples/arithmetic.py)"
                          ) from error
     repair(model)
     config, rows = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]

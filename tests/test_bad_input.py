@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT, rows
@@ -132,10 +134,12 @@ REFUSED = {
     "STEPS=1.5": "STEPS=1.5: expected int",
     "PROMPTS_PER_STEP=0": "expected a number over 0",
     "GROUP_SIZE=1": "expected a number over 1",
+    "GROUP_SIZE=10000000000000": "expected a number over 1, up to 65536",
     "MAX_PROMPT_TOKENS=1": "more than MAX_PROMPT_TOKENS=1 tokens",
     "MAX_COMPLETION_TOKENS=100000": "is over the .* tokens of MODEL",
     "MIN_COMPLETION_TOKENS=9": "MIN_COMPLETION_TOKENS=9 is over the maximum",
-    "TEMPERATURE=0": "expected a number over 0",
+    "TEMPERATURE=0": "expected a number over 1e-06",
+    "TEMPERATURE=1e-300": "expected a number over 1e-06",
     "SAMPLER=other": "expected one of auto, transformers, graph, vllm",
     "SAMPLER=vllm": "requirements-vllm.txt",
     "IS_CAP=0": "expected a number over 0",
@@ -150,6 +154,7 @@ REFUSED = {
     "TEMPERATURE=inf": "TEMPERATURE=inf: expected a finite number",
     "TEMPERATURE=nan": "TEMPERATURE=nan: expected a finite number",
     "IS_CAP=inf": "IS_CAP=inf: expected a finite number",
+    "CLIP_HIGH=1e300": "expected a finite number, at most 1e30",
     "CLIP_LOW=nan": "CLIP_LOW=nan: expected a finite number",
     "MAX_GRAD_NORM=inf": "MAX_GRAD_NORM=inf: expected a finite number",
     "LR=fast": "LR=fast: expected float",
@@ -188,7 +193,8 @@ def test_a_package_that_is_not_asked_for_may_be_missing(run, tmp_path):
 
 @pytest.mark.parametrize("argument, sentence", [
     ("EVAL_SAMPLES=0", "EVAL_SAMPLES=0: expected a number over 0"),
-    ("TEMPERATURE=0", "TEMPERATURE=0.0: expected a number over 0"),
+    ("TEMPERATURE=0", "TEMPERATURE=0.0: expected a number over 1e-06"),
+    ("TEMPERATURE=inf", "TEMPERATURE=inf: expected a finite number"),
     ("MODEL=model,model,model", "expected one model or two"),
     ("EVAL_DATASET=", "EVAL_DATASET=: nothing to evaluate on"),
     ("EVAL_DATASET=nowhere.csv", "cannot read the data set nowhere.csv"),
@@ -280,7 +286,7 @@ def test_a_broken_model_folder_is_one_sentence(run, tmp_path, tiny_folder, name)
 
 ACCEPTED = {
     "DATASET=ok.csv": {}, "DATASET=ok.json": {}, "DATASET=ok.jsonl.gz": {}, "DATASET=two.jsonl::train[:1]": {},
-    "EVAL_DATASET=": {}, "SYSTEM_PROMPT=": {}, "TRACKERS=csv": {}, "OUTPUT_DIR=here/with blank/\u00f6": None,
+    "EVAL_DATASET=": {}, "SYSTEM_PROMPT=": {}, "TEMPERATURE=1e30": {}, "TRACKERS=csv": {}, "OUTPUT_DIR=here/with blank/\u00f6": None,
     "REWARDS=0.5 * mine:half , mine:thing": {"reward": 2.25, "reward/half": 0.5, "reward/Callable": 2.0},
     "REWARDS=mine:slow": {"reward/slow": 1.0}, "REWARDS=mine:part": {"reward/half": 0.5},
     "REWARDS=mine:plain": {"reward/plain": 5.0}, "REWARDS=mine:of_trl": {"reward/lambda": 1.0, "updates": 0.0},
@@ -294,6 +300,91 @@ def test_an_odd_value_is_right(run, tmp_path, argument):
     if ACCEPTED[argument] is not None:
         last = rows(tmp_path / "run/metrics.jsonl")[-1]
         assert ACCEPTED[argument].items() <= last.items()
+
+
+def test_too_high_a_learning_rate_ends_the_run_with_that_cause(run, tmp_path):
+    code, text = train(run, tmp_path, "LR=1e9", "WARMUP_STEPS=0", "STEPS=9", "GROUP_SIZE=4", "REWARDS=reward_len")
+    assert code == 1 and "Traceback" not in text, text
+    assert "not finite, 5 times in a row. Likely: LR=1000000000.0 is too high" in text, text
+
+
+NO_SERVER = "choose another PORT and REF_SERVER"
+SERVERS = {  # what answers at REF_SERVER: status and body of /health, sentence
+    "another site": (404, "nothing here", f"/health answered 404: nothing here .*{NO_SERVER}"),
+    "a page for any address": (200, "<html>hello</html>", f"is no reference server: {NO_SERVER}"),
+    "a list": (200, "[1]", f"is no reference server: {NO_SERVER}"),
+    "another health": (200, '{"status": "ok", "dtype": "float32"}', f"is no reference server: {NO_SERVER}"),
+    "a redirection": (302, "", f"/health answered 302: .*{NO_SERVER}"),
+    "an error page": (500, "<p>\n" * 2000, rf"/health answered 500: (<p> ){{90,100}}.*{NO_SERVER}"),
+    "a wrong token": (401, "set REF_TOKEN", "answered 401: set REF_TOKEN$"),
+    "another model": (200, '{"model": "M", "dtype": "float32", "vocab_size": 9}', "holds M, which is not the policy's"),
+}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_something_else_at_the_server_s_address_is_one_sentence(run, tmp_path, name):
+    status, body, sentence = SERVERS[name]
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Location", "http://127.0.0.1:9/")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as service:
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        code, text = train(run, tmp_path, "BETA=0.1", f"REF_SERVER=http://127.0.0.1:{service.server_port}/")
+        service.shutdown()
+    assert code == 1 and "Traceback" not in text and re.search(sentence, text.strip()), text
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:1", "", "ftp://a", "http://", "http://127.0.0.1:99999"])
+def test_an_address_that_is_none_is_named(run, tmp_path, address):
+    code, text = train(run, tmp_path, "BETA=0.1", f"REF_SERVER={address}")
+    assert code == 1 and "Traceback" not in text, text
+    assert f"REF_SERVER={address} is no address like http://127.0.0.1:59875" in text, text
+
+
+HOMEMADE = '''
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+class HomemadeConfig(Qwen2Config):
+    model_type = "homemade"
+
+class HomemadeForCausalLM(Qwen2ForCausalLM):
+    config_class = HomemadeConfig
+'''
+
+
+def test_a_model_with_code_of_its_own_is_run_on_request_and_saved_with_it(run, launch, tmp_path, tiny_folder):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "model/modeling_homemade.py").write_text(HOMEMADE)
+    names = {"AutoConfig": "HomemadeConfig", "AutoModelForCausalLM": "HomemadeForCausalLM"}
+    config(model_type="homemade", auto_map={name: f"modeling_homemade.{value}" for name, value in names.items()},
+           architectures=["HomemadeForCausalLM"])(tmp_path / "model/config.json")
+    model, trust = f"MODEL={tmp_path}/model", "TRUST_REMOTE_CODE=True"
+    score = "-m", "grpo.evaluate", "EVAL_DATASET=ok.jsonl", f"OUTPUT_DIR={tmp_path}/evaluation"
+    for code, text in (train(run, tmp_path, model), run(*score, model),
+                       run(str(ROOT / "ref_server.py"), model, "PORT=0")):
+        assert code == 1 and "Traceback" not in text and "`TRUST_REMOTE_CODE=True` to allow" in text, text
+
+    process = launch("ref_server.py", model, trust, "PORT=0")
+    words = model, trust, f"REF_SERVER={process.wait_for('http://127.0.0.1:[0-9]+')[0]}", "BETA=0.1", "SAVE_EVERY=1"
+    code, text = train(run, tmp_path, *words, "REF_SYNC_EVERY=1", "REWARDS=reward_len", "LR=0.01", "WARMUP_STEPS=0")
+    assert code == 0, text
+    assert rows(tmp_path / "run/metrics.jsonl")[-1]["grad_norm"] > 0
+    saved = tmp_path / "run/step_1"
+    assert (saved / "modeling_homemade.py").read_text() == HOMEMADE
+    before, after = (load_file(folder / "model.safetensors")[UP] for folder in (tmp_path / "model", saved))
+    assert before.shape == after.shape and not before.equal(after)
+    code, text = run(*score, f"MODEL={saved}", trust)
+    assert code == 0, text
+
+    # the server has the renewed reference now, which a run that does not renew cannot start from
+    code, text = train(run, tmp_path, *words, f"OUTPUT_DIR={tmp_path}/plain")
+    assert code == 1 and "Traceback" not in text, text
+    assert re.search("the reference here is .*-1: restart the server, unless another run uses it", text), text
 
 
 def test_all_processes_end_with_the_sentence(launch, few, tmp_path):
