@@ -33,8 +33,8 @@ def constants_of(module: str) -> dict:
 def override_constants(module: str, arguments: list[str]) -> None:
     """Sets a module's constants from NAME=value arguments, of the same type as the default.
 
-    SystemExit at an unknown name, another type, a number that is not finite or too large for float32, or a value that the constant's annotation, `Literal[...]` or `Over`,
-    does not allow.
+    SystemExit at an unknown name, another type, a number that is not finite or too large for float32, or a value that
+    the constant's annotation, `Literal[...]` or `Over`, does not allow.
     """
     valid, allowed = constants_of(module), get_annotations(sys.modules[module])
     for argument in arguments:

@@ -7,8 +7,7 @@ import copy
 import os
 
 import torch
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer,
-                          GenerationConfig)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from grpo.attention import layout, pack_attention
 from grpo.constants import require
@@ -85,6 +84,8 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
         has_vision = any("ConditionalGeneration" in name for name in names)
         kind = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
         model = whole(kind, path, dtype=dtype_called(dtype), **trust).to(device).eval()
+        if os.path.exists(f"{path}/generation_config.json"):
+            type(model.generation_config).from_pretrained(path)  # without one that is broken transformers just goes on
         if has_vision:  # what sees is never used here
             model.requires_grad_(False)
             for part in decoder(model), model.get_output_embeddings():
@@ -97,8 +98,8 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     except Exception as error:  # broken files may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split()).replace("trust_remote_code", "TRUST_REMOTE_CODE")
-        raise SystemExit(f"cannot load MODEL={path}: {reason:.700} (the embedded model: python examples/arithmetic.py)"
-                         ) from error
+        hint = "the embedded model: python examples/arithmetic.py"
+        raise SystemExit(f"cannot load MODEL={path}: {reason:.700} ({hint})") from error
     repair(model)
     config, rows = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
     longest = getattr(config, "max_position_embeddings", tokens)
@@ -112,16 +113,13 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
 
 
 def whole(kind, path: str, **options):
-    """`kind.from_pretrained`, or an error where transformers goes on: with random numbers for weights that the files
-    lack, and without a generation_config.json that it cannot read."""
+    """`kind.from_pretrained`, or ValueError where transformers goes on with random numbers for missing weights."""
     model, found = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     wrong = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
     wrong |= {name for name, tensor in model.named_parameters() if tensor.itemsize > 1 and not tensor.sum().isfinite()}
     if wrong:
         raise ValueError("its files lack these weights, or hold them in another shape than config.json says, or with "
                          f"NaN: {', '.join(sorted(wrong))}")
-    if os.path.exists(f"{path}/generation_config.json"):
-        GenerationConfig.from_pretrained(path)
     return model
 
 
@@ -165,8 +163,8 @@ def stop_ids(model, tokenizer) -> list[int]:
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     ids = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
-    require(all(isinstance(i, int) for i in ids), f"generation_config.json: eos_token_id is {configured!r}, which is "
-                                                  "neither a token's number nor a list of them")
+    wrong = f"generation_config.json: eos_token_id is {configured!r}, expected a token's number or a list of them"
+    require(all(isinstance(i, int) for i in ids), wrong)
     return sorted(ids)
 
 

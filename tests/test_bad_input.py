@@ -58,6 +58,7 @@ words = lambda completions, **columns: ["good"] * len(completions)
 def folder(tmp_path_factory, tiny_folder):
     path = tmp_path_factory.mktemp("bad input")  # with a blank
     (path / "mine.py").write_text(MINE)
+    (path / "judge.py").write_text("from rewards import reward_model\nf = reward_model('model')")  # no classifier
     (path / "wrong.py").write_text("def f(:")
     (path / "model").symlink_to(tiny_folder)
     (path / "ok.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n\n{"question": "2 + 1", "answer": 3}\n')
@@ -128,6 +129,7 @@ REFUSED = {
     "REWARDS=mine:Options": "reward Options returned .*, expected a list of numbers",
     "REWARDS=mine:needs": r"raised KeyError\('solution'\) at the completion .*; columns: \['question', 'answer'\]",
     "REWARDS=mine:infinite": "reward infinite returned inf",
+    "REWARDS=judge:f": "its files lack these weights.*: score.weight",
     "SEED=-1": "SEED=-1",
     "SEED=99999999999": "SEED=99999999999: expected",
     "STEPS=-1": "STEPS=-1: expected a number, 0 or above",
@@ -286,7 +288,8 @@ def test_a_broken_model_folder_is_one_sentence(run, tmp_path, tiny_folder, name)
 
 ACCEPTED = {
     "DATASET=ok.csv": {}, "DATASET=ok.json": {}, "DATASET=ok.jsonl.gz": {}, "DATASET=two.jsonl::train[:1]": {},
-    "EVAL_DATASET=": {}, "SYSTEM_PROMPT=": {}, "TEMPERATURE=1e30": {}, "TRACKERS=csv": {}, "OUTPUT_DIR=here/with blank/\u00f6": None,
+    "EVAL_DATASET=": {}, "SYSTEM_PROMPT=": {}, "TEMPERATURE=1e30": {}, "TRACKERS=csv": {},
+    "OUTPUT_DIR=here/with blank/\u00f6": None,
     "REWARDS=0.5 * mine:half , mine:thing": {"reward": 2.25, "reward/half": 0.5, "reward/Callable": 2.0},
     "REWARDS=mine:slow": {"reward/slow": 1.0}, "REWARDS=mine:part": {"reward/half": 0.5},
     "REWARDS=mine:plain": {"reward/plain": 5.0}, "REWARDS=mine:of_trl": {"reward/lambda": 1.0, "updates": 0.0},
