@@ -51,12 +51,12 @@ SEED: Over(-1, 2**31 - 1) = 0
 
 # Sampling
 STEPS = 60  # updates
-PROMPTS_PER_STEP: Over(0) = 16  # of the whole job, all processes together
-GROUP_SIZE: Over(1) = 8  # G: completions for each prompt; more of them, better advantages: 8 to 64
+PROMPTS_PER_STEP: Over(0, 2**20) = 16  # of the whole job, all processes together
+GROUP_SIZE: Over(1, 2**16) = 8  # G: completions for each prompt; more of them, better advantages: 8 to 64
 MAX_PROMPT_TOKENS = 128  # longer prompts are left out
 MAX_COMPLETION_TOKENS: Over(0) = 64  # 512 for GSM8K, thousands for competition mathematics
 MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
-TEMPERATURE: Over(0) = 1.0  # of sampling and of every log-prob; below 1 explores less
+TEMPERATURE: Over(1e-6) = 1.0  # of sampling and of every log-prob; below 1 explores less
 SAMPLER: Literal["auto", "transformers", "graph", "vllm"] = "auto"  # on a GPU "graph", if the model allows
 VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
 IS_CAP: Over(0) = 2.0  # upper limit of a token's weight, policy / sampler: the two round differently, vLLM most of all
@@ -224,7 +224,7 @@ def main():
     longest, samples = max(len(prompt.ids) for prompt in train), PROMPTS_PER_STEP * GROUP_SIZE // world
     tokens = fitting_tokens(policy, MICRO_BATCH_TOKENS, longest, MAX_COMPLETION_TOKENS, samples, ZERO_STAGE)
     reference = Reference(REF_SERVER, TEMPERATURE, tokens) if BETA else None
-    if reference and rank == 0 and not REF_SYNC_EVERY:
+    if reference and not REF_SYNC_EVERY:
         check_servers(REF_SERVER, policy.module.model, MODEL, train[0].ids)
     rollouts = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
     engine = start_engine(policy.module, DS_CONFIG)

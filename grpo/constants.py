@@ -33,8 +33,8 @@ def constants_of(module: str) -> dict:
 def override_constants(module: str, arguments: list[str]) -> None:
     """Sets a module's constants from NAME=value arguments, of the same type as the default.
 
-    SystemExit at an unknown name, another type, or a value that the constant's annotation, `Literal[...]` or `Over`,
-    does not allow.
+    SystemExit at an unknown name, another type, a number that is not finite or too large for float32, or a value that
+    the constant's annotation, `Literal[...]` or `Over`, does not allow.
     """
     valid, allowed = constants_of(module), get_annotations(sys.modules[module])
     for argument in arguments:
@@ -53,6 +53,7 @@ def override_constants(module: str, arguments: list[str]) -> None:
         if choices := get_args(limits):
             require(value in choices, f"{name}={value}: expected one of {', '.join(map(str, choices))}")
         elif type(value) in (int, float):
+            require(abs(value) <= 1e30, f"{name}={value}: expected a finite number, at most 1e30")
             right = value in limits if limits else value >= 0
             require(right, f"{name}={value}: expected {limits or 'a number, 0 or above'}")
     vars(sys.modules[module]).update(valid)

@@ -27,7 +27,7 @@ def start() -> tuple[int, int]:
     except dist.DistNetworkError as error:
         place = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
         raise SystemExit(f"the processes of this run cannot meet at {place}: {error} (a second run on one machine "
-                         "needs a port of its own: deepspeed --master_port 29501 grpo_train.py ...)") from error
+                         "needs a port of its own: deepspeed --master_port 29501 grpo_train.py ...)") from None
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -76,13 +76,16 @@ def run(main) -> None:
     """Calls main(). An error is printed and ends this process at once, whatever its threads are waiting for."""
     try:
         return main()
-    except SystemExit as error:
-        print(error, file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-    except Exception as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error) or alone_for(10):
-            traceback.print_exc()
+    except (Exception, SystemExit) as error:
+        cause = error.__cause__ or error
+        hint = f" (pip install {cause.name})" if isinstance(cause, ModuleNotFoundError) else ""
+        if not isinstance(cause, dist.DistError) and "gloo" not in str(cause) or alone_for(10):
+            if isinstance(error, SystemExit) or hint:
+                print(f"{error}{hint}", file=sys.stderr)
+            else:
+                traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

@@ -15,7 +15,7 @@ pair of each kind, 1 and 1, 0 and 0, 1 and 0, 0 and 1 (Agresti and Min, Statisti
 import json
 import sys
 from itertools import chain
-from math import comb, inf, isnan
+from math import comb, inf, isnan, nan
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -35,13 +35,13 @@ MODEL = "examples/arithmetic/model"  # local folder or hub name; or two of them,
 DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either by name
 TRUST_REMOTE_CODE = False  # True runs the Python files of MODEL, if it has any
 EVAL_DATASET = "examples/arithmetic/heldout.jsonl"  # .jsonl, .parquet, or hub name[:config[:split]]
-EVAL_SAMPLES: Over(0) = 8  # completions of each problem at TEMPERATURE, for avg@k and pass@k
+EVAL_SAMPLES: Over(0, 2**16) = 8  # completions of each problem at TEMPERATURE, for avg@k and pass@k
 QUESTION_COLUMN = "question"  # holds the problem
 SYSTEM_PROMPT = "First reason between <think> and </think>, then give the answer between <answer> and </answer>."
 REWARDS = ["reward_correct", "reward_format"]  # names of rewards.py, or module:function; the first counts as accuracy
 OUTPUT_DIR = "runs/arithmetic"  # evaluation.json, .jsonl and .html
 SEED: Over(-1, 2**31 - 1) = 0
-TEMPERATURE: Over(0) = 1.0
+TEMPERATURE: Over(1e-6) = 1.0
 MAX_PROMPT_TOKENS = 128  # longer prompts are left out
 MAX_COMPLETION_TOKENS: Over(0) = 64
 MIN_COMPLETION_TOKENS = 0
@@ -85,7 +85,8 @@ def compare() -> None:
     about = {"problems": len(numbers), "EVAL_DATASET": EVAL_DATASET, "EVAL_SAMPLES": EVAL_SAMPLES,
              "TEMPERATURE": TEMPERATURE, "MAX_COMPLETION_TOKENS": MAX_COMPLETION_TOKENS,
              "SYSTEM_PROMPT": SYSTEM_PROMPT, "SEED": SEED,
-             "REWARDS": {reward.name: reward.weight for reward in rewards}}
+             "REWARDS": {reward.name: reward.weight for reward in rewards},
+             "unjudged": sum(row["accuracy"] is None for answers in found for some in answers.values() for row in some)}
     both = {"models": [{"model": name} | result for name, result in zip(names, results)]}
     both |= {"difference": results[2]} if len(names) > 1 else {}
     text, rows = table(names, results, about), [row for answers in found for some in answers.values() for row in some]
@@ -125,14 +126,15 @@ def complete_all(name: str, rewards: list[Reward]) -> dict[int, list[dict]]:
 
 
 def row(model: str, number: int, sample: Sample, rewards: list[Reward]) -> dict:
-    """A row of evaluation.jsonl. A completion has the right form if a reward with "format" in its name is above 0."""
-    values = {reward.name: value for reward, value in zip(rewards, sample.rewards)}
-    form = [value > 0 for name, value in values.items() if "format" in name]
+    """A row of evaluation.jsonl. A completion has the right form if a reward with "format" in its name is above 0;
+    None is what no reward function judged."""
+    values = {reward.name: None if isnan(value) else value for reward, value in zip(rewards, sample.rewards)}
+    positive = {name: None if value is None else value > 0 for name, value in values.items()}
+    form = [right for name, right in positive.items() if "format" in name]
     return {"model": model, "problem": sample.prompt.number, "sample": number, "prompt": sample.prompt.text,
-            "columns": sample.prompt.columns, "completion": sample.text, "accuracy": sample.rewards[0] > 0,
-            "reward": 0.0 if isnan(sample.reward) else sample.reward, "tokens": len(sample.tokens),
-            "cut_off": not sample.ended, **({"format": form[0]} if form else {}),
-            "rewards": {name: None if isnan(value) else value for name, value in values.items()}}
+            "columns": sample.prompt.columns, "completion": sample.text, "accuracy": [*positive.values()][0],
+            "reward": None if isnan(sample.reward) else sample.reward, "tokens": len(sample.tokens),
+            "cut_off": not sample.ended, **({"format": form[0]} if form else {}), "rewards": values}
 
 
 def pass_at(k: int, samples: int, right: int) -> float:
@@ -142,14 +144,19 @@ def pass_at(k: int, samples: int, right: int) -> float:
 
 
 def worth(answers: list[dict]) -> dict[str, float]:
-    """A problem's numbers, in the order of the table, from its greedy completion, the first, and the sampled ones."""
+    """A problem's numbers, in the order of the table, from its greedy completion, the first, and the sampled ones; NaN
+    if none of them was judged, or fewer than pass@k needs."""
+    def mean(values):
+        known = [value for value in values if value is not None]
+        return fmean(known) if known else nan
+
     greedy, sampled = (
-        {f"{kind}/{name}": fmean(answer[name] for answer in some) for name in MEASURES if name in some[0]}
+        {f"{kind}/{name}": mean(answer[name] for answer in some) for name in MEASURES if name in some[0]}
         for kind, some in (("greedy", answers[:1]), ("sampled", answers[1:])))
-    samples, right = len(answers) - 1, sum(answer["accuracy"] for answer in answers[1:])
+    samples, judged = len(answers) - 1, [one["accuracy"] for one in answers[1:] if one["accuracy"] is not None]
     numbers = sorted({2**i for i in range(samples.bit_length())} | {samples})
-    passes = {f"sampled/pass@{k}": pass_at(k, samples, right) for k in numbers}
-    return greedy | {"sampled/accuracy": right / samples} | passes | sampled
+    passes = {f"sampled/pass@{k}": pass_at(k, len(judged), sum(judged)) if k <= len(judged) else nan for k in numbers}
+    return greedy | {"sampled/accuracy": nan} | passes | sampled
 
 
 def is_rate(name: str) -> bool:
@@ -157,8 +164,10 @@ def is_rate(name: str) -> bool:
 
 
 def interval(values: list[float], kind: str) -> dict[str, float]:
-    """The mean of a number that each problem has, and the ends of its interval; see the top of this file."""
-    imagined, least, most = IMAGINED[kind]
+    """The mean of a number that each problem has, NaN aside, and the ends of its interval; see the top of this file."""
+    (imagined, least, most), values = IMAGINED[kind], [value for value in values if not isnan(value)]
+    if len(values) < 2:
+        return dict.fromkeys(("value", "low", "high"))
     everything = [*values, *imagined]
     middle, error = fmean(everything), 1.96 * stdev(everything) / len(everything) ** 0.5
     return {"value": fmean(values), "low": max(least, middle - error), "high": min(most, middle + error)}
@@ -190,11 +199,15 @@ def table(names: list[str], results: list[dict], about: dict) -> str:
             title = special.get(name) or MEASURES.get(short, short)
             cells = [cell(result[name], is_rate(name), column == 2) for column, result in enumerate(results)]
             lines.append(f"  {title:26}" + "".join(map(str.rjust, cells, widths)))
+    if unjudged := about.get("unjudged"):
+        lines.append(f"{unjudged} completions that {[*about['REWARDS']][0]} did not judge are left out of the accuracy")
     lines.append("with 95 % confidence intervals; the problems are the units, and the pairs of a difference")
     return "\n".join(lines)
 
 
 def cell(number: dict[str, float], rate: bool, signed: bool) -> str:
+    if number["value"] is None:
+        return "not judged"
     factor, sign, unit = 100 if rate else 1, "+" if signed else "", " %" if rate and not signed else ""
     value, low, high = (f"{factor * number[key]:{sign}.{1 if rate else 2}f}" for key in ("value", "low", "high"))
     return f"{value}{unit} [{low}, {high}]"
@@ -206,7 +219,7 @@ def page(names: list[str], found: list[dict[int, list[dict]]], text: str) -> str
     """evaluation.html: the models' completions next to each other, first where the models differ in what is right, then
     what is wrong. Everything that a model or a data set wrote is escaped, and the page may neither run nor load."""
     def order(number):
-        right = [[answer["accuracy"] for answer in answers[number]] for answers in found]
+        right = [[bool(answer["accuracy"]) for answer in answers[number]] for answers in found]
         greedy, sampled = [row[0] for row in right], [sum(row[1:]) for row in right]
         differ = len({tuple(answer["completion"] for answer in answers[number]) for answers in found})
         return min(greedy) - max(greedy), min(sampled) - max(sampled), -differ, sum(greedy), sum(sampled), number

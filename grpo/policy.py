@@ -83,7 +83,9 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
         names = AutoConfig.from_pretrained(path, **trust).architectures or []
         has_vision = any("ConditionalGeneration" in name for name in names)
         kind = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
-        model = kind.from_pretrained(path, dtype=dtype_called(dtype), **trust).to(device).eval()
+        model = whole(kind, path, dtype=dtype_called(dtype), **trust).to(device).eval()
+        if os.path.exists(f"{path}/generation_config.json"):
+            type(model.generation_config).from_pretrained(path)  # without one that is broken transformers just goes on
         if has_vision:  # what sees is never used here
             model.requires_grad_(False)
             for part in decoder(model), model.get_output_embeddings():
@@ -94,17 +96,31 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
             torch.backends.cuda.enable_cudnn_sdp(False)  # makes a plan for each new shape: at every decoded token
         tokenizer = AutoTokenizer.from_pretrained(path, **trust)
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0].replace("trust_remote_code", "TRUST_REMOTE_CODE")
-        raise SystemExit(f"cannot load MODEL={path}: {reason} (the embedded model: python examples/arithmetic.py)")
+    except Exception as error:  # broken files may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).replace("trust_remote_code", "TRUST_REMOTE_CODE")
+        hint = "the embedded model: python examples/arithmetic.py"
+        raise SystemExit(f"cannot load MODEL={path}: {reason:.700} ({hint})") from error
     repair(model)
     config, rows = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
     longest = getattr(config, "max_position_embeddings", tokens)
     require(tokens <= longest, f"MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS = {tokens} is over the {longest} tokens of "
                                f"MODEL={path}")
+    require(tokenizer.decode(tokenizer("1 a").input_ids, skip_special_tokens=True),
+            f"MODEL={path}: its tokenizer knows neither letters nor digits: is tokenizer.json missing?")
     require(len(tokenizer) <= rows, f"MODEL={path}: the tokenizer has {len(tokenizer)} ids, the embedding only {rows}: "
                                     "save the model after model.resize_token_embeddings(len(tokenizer))")
     return model, tokenizer
+
+
+def whole(kind, path: str, **options):
+    """`kind.from_pretrained`, or ValueError where transformers goes on with random numbers for missing weights."""
+    model, found = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    wrong = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    wrong |= {name for name, tensor in model.named_parameters() if tensor.itemsize > 1 and not tensor.sum().isfinite()}
+    if wrong:
+        raise ValueError("its files lack these weights, or hold them in another shape than config.json says, or with "
+                         f"NaN: {', '.join(sorted(wrong))}")
+    return model
 
 
 def repair(model) -> None:
@@ -146,7 +162,10 @@ def stop_ids(model, tokenizer) -> list[int]:
     """Every token that ends a completion: the generation config may name several, the tokenizer one more."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    ids = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    wrong = f"generation_config.json: eos_token_id is {configured!r}, expected a token's number or a list of them"
+    require(all(isinstance(i, int) for i in ids), wrong)
+    return sorted(ids)
 
 
 # ------------------------------------------------------------------------------------------------- log-probs

@@ -106,7 +106,7 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, body=
         try:
             with requests.Session() as session:
                 session.trust_env = False  # no proxy of the environment
-                answer = session.request(method, url + path, data=body, headers=headers, timeout=limits,
+                answer = session.request(method, url.rstrip("/") + path, data=body, headers=headers, timeout=limits,
                                          allow_redirects=False)
         except ValueError as error:
             raise SystemExit(f"REF_SERVER={url} is no address like http://127.0.0.1:59875: {error}") from None
@@ -118,7 +118,8 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, body=
                 return answer
             reason = f"{url}{path} answered {answer.status_code}: {said(answer)}"
             if answer.status_code != 503:
-                raise SystemExit(reason)
+                ours = answer.status_code in (400, 401, 409, 413)
+                raise SystemExit(reason + " (no reference server: choose another PORT and REF_SERVER)" * (not ours))
             pause = int(answer.headers.get("Retry-After", 1))
         time.sleep(pause)
         now = time.monotonic()
@@ -127,7 +128,7 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, body=
 
 
 def said(answer: requests.Response) -> str:
-    return answer.content.decode(errors="replace").strip()
+    return " ".join(answer.content.decode(errors="replace").split())[:400]
 
 
 def request_logps(servers: str, tokens, prompt_lens, completion_lens, temperature,
@@ -153,15 +154,16 @@ def check_servers(servers: str, model, name: str, ids: list[int]) -> None:
             check_server(url, model, name, ids)
         except NoAnswer as error:
             absent.append(error)
-            print(error, flush=True)
     if len(absent) == len(servers.split(",")):
         raise absent[0]
+    for error in absent:
+        print(error, flush=True)
 
 
 def health_of(url: str, patience: float) -> dict:
     answer = ask("GET", url, "/health", patience)
     try:
-        return {"reference": ""} | answer.json() | {"dtype": answer.json()["dtype"]}
+        return {"reference": ""} | {key: answer.json()[key] for key in ("dtype", "model", "vocab_size")} | answer.json()
     except (ValueError, TypeError, KeyError):
         raise SystemExit(f"what answers at {url} is no reference server: choose another PORT and REF_SERVER") from None
 

@@ -49,7 +49,7 @@ def load_rewards(rewards: list) -> list[Reward]:
                 function = getattr(importlib.import_module((module or "rewards").strip()), name.strip())
             except Exception as error:  # importing a file of the user's may raise anything
                 raise SystemExit(f"no reward function {entry} ({type(error).__name__}: {error}): name one of "
-                                 "rewards.py, or module:function") from error
+                                 "rewards.py, or module:function") from None
         require(callable(function), f"REWARDS holds {entry!r}, which is not a function")
         require(math.isfinite(weight), f"REWARDS: the weight of {name_of(function)} is {weight}, not a finite number")
         require(function not in [reward.function for reward in found], f"REWARDS holds {name_of(function)} twice")
@@ -110,9 +110,19 @@ def check_rewards(rewards: list[Reward], *data_sets: list[Prompt]) -> None:
                 bound(reward.function, given)
                 if hasattr(reward.function, "check"):
                     reward.function.check(rows=[prompt.number for prompt in prompts], **given)
+                try_out(reward, prompts[:2])
             except (TypeError, ValueError) as error:
                 raise SystemExit(f"reward {reward.name} cannot judge the data set: {error}; "
                                  f"columns: {list(prompts[0].columns)}") from error
+
+
+def try_out(reward: Reward, prompts: list[Prompt]) -> None:
+    """One call with made-up completions: it raises what the first rollouts would, after minutes perhaps."""
+    said = "I do not know."
+    compute_rewards([reward], arguments(
+        prompts, completions=[[{"role": "assistant", "content": said}] if one.messages else said for one in prompts],
+        completion_ids=[[0] for _ in prompts], trainer_state=TrainerState(max_steps=1),
+        log_extra=lambda *_: None, log_metric=lambda *_: None))
 
 
 def score(groups: list[Group], rewards: list[Reward], tokenizer, metrics: Metrics) -> None:

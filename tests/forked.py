@@ -1,7 +1,8 @@
 """Runs scripts in forks of one process that has imported everything: a run that ends at the start takes a second.
 
 A line of stdin is a JSON list: the folder to run in, the environment's changes, and script and arguments, or "-m" and
-a module. A line of stdout is [exit status, what it wrote].
+a module. A line of stdout is [exit status, what it wrote]. WITHOUT in the environment names packages, with commas
+between, that are not there.
 """
 import json
 import os
@@ -25,6 +26,10 @@ def run(folder: str, environment: dict, program: list[str]) -> None:
     os.environ.update(environment)
     for name in [name for name in sys.modules if name.split(".")[-1] in ("evaluate", "rewards", "grpo_train")]:
         del sys.modules[name]
+    absent = environment.get("WITHOUT", "").split(",")
+    for name in [name for name in sys.modules if name.split(".")[0] in absent]:
+        del sys.modules[name]
+    sys.modules.update(dict.fromkeys(filter(None, absent)))
     sys.argv = program[program[0] == "-m" :]
     try:
         if program[0] == "-m":

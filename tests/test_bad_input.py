@@ -3,11 +3,15 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT, rows
+from safetensors.torch import load_file, save_file
 
 from grpo.data import load_prompts
 from grpo.scoring import check_rewards, load_rewards
@@ -32,6 +36,17 @@ class Callable:
 of_trl = lambda completions, trainer_state, log_metric, log_extra, **columns: (
     log_metric("updates", trainer_state.global_step) or log_extra("letters", list(map(len, completions)))
     or [float(trainer_state.max_steps)] * len(completions))
+
+class Options:
+    def __init__(self, **options):
+        pass
+
+def needs(completions, **columns):
+    return [float(text == right) for text, right in zip(completions, columns["solution"])]
+
+def infinite(completions, **columns):
+    return [float("inf") for _ in completions]
+
 part, thing = functools.partial(half), Callable()
 none = lambda completions, **columns: None
 short = lambda completions, **columns: [1.0]
@@ -43,6 +58,7 @@ words = lambda completions, **columns: ["good"] * len(completions)
 def folder(tmp_path_factory, tiny_folder):
     path = tmp_path_factory.mktemp("bad input")  # with a blank
     (path / "mine.py").write_text(MINE)
+    (path / "judge.py").write_text("from rewards import reward_model\nf = reward_model('model')")  # no classifier
     (path / "wrong.py").write_text("def f(:")
     (path / "model").symlink_to(tiny_folder)
     (path / "ok.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n\n{"question": "2 + 1", "answer": 3}\n')
@@ -102,29 +118,47 @@ REFUSED = {
     "REWARDS=nan*mine:half": "the weight of half is nan",
     "REWARDS=mine:half,mine:half": "REWARDS holds half twice",
     "REWARDS=mine:none": "reward lambda returned None, expected a list",
-    "REWARDS=mine:short": "returned 1 values for 4 completions",
+    "REWARDS=mine:short": "returned 1 values for 2 completions",
     "REWARDS=mine:words": "returned .*good.*, expected a list of numbers",
     "REWARDS=get_cosine_scaled_reward": "Does it make a reward function?",
     "REWARDS=accuracy_reward": "missing a required argument: 'solution'",
+    "REWARDS=rewad_format": "no reward function rewad_format",
+    "REWARDS=texts": "reward texts returned .*, expected a list of numbers and None",
+    "REWARDS=check_answers": "reward check_answers returned None",
+    "REWARDS=mine:Callable": "Does it make a reward function?",
+    "REWARDS=mine:Options": "reward Options returned .*, expected a list of numbers",
+    "REWARDS=mine:needs": r"raised KeyError\('solution'\) at the completion .*; columns: \['question', 'answer'\]",
+    "REWARDS=mine:infinite": "reward infinite returned inf",
+    "REWARDS=judge:f": "its files lack these weights.*: score.weight",
     "SEED=-1": "SEED=-1",
     "SEED=99999999999": "SEED=99999999999: expected",
     "STEPS=-1": "STEPS=-1: expected a number, 0 or above",
     "STEPS=1.5": "STEPS=1.5: expected int",
     "PROMPTS_PER_STEP=0": "expected a number over 0",
     "GROUP_SIZE=1": "expected a number over 1",
+    "GROUP_SIZE=10000000000000": "expected a number over 1, up to 65536",
     "MAX_PROMPT_TOKENS=1": "more than MAX_PROMPT_TOKENS=1 tokens",
     "MAX_COMPLETION_TOKENS=100000": "is over the .* tokens of MODEL",
     "MIN_COMPLETION_TOKENS=9": "MIN_COMPLETION_TOKENS=9 is over the maximum",
-    "TEMPERATURE=0": "expected a number over 0",
+    "TEMPERATURE=0": "expected a number over 1e-06",
+    "TEMPERATURE=1e-300": "expected a number over 1e-06",
     "SAMPLER=other": "expected one of auto, transformers, graph, vllm",
     "SAMPLER=vllm": "requirements-vllm.txt",
     "IS_CAP=0": "expected a number over 0",
     "LOSS_TYPE=gpro": "expected one of grpo, dr_grpo",
-    "BETA=nan": "BETA=nan: expected a number, 0 or above",
+    "BETA=nan": "BETA=nan: expected a finite number",
     "REF_SYNC_EVERY=5": "with BETA=0 there is no reference",
     "UPDATES_PER_BATCH=0": "expected a number over 0",
     "REF_MIXUP_ALPHA=2": "expected a number over 0, up to 1",
-    "LR=nan": "LR=nan: expected a number, 0 or above",
+    "LR=nan": "LR=nan: expected a finite number",
+    "LR=inf": "LR=inf: expected a finite number",
+    "LR=-inf": "LR=-inf: expected a finite number",
+    "TEMPERATURE=inf": "TEMPERATURE=inf: expected a finite number",
+    "TEMPERATURE=nan": "TEMPERATURE=nan: expected a finite number",
+    "IS_CAP=inf": "IS_CAP=inf: expected a finite number",
+    "CLIP_HIGH=1e300": "expected a finite number, at most 1e30",
+    "CLIP_LOW=nan": "CLIP_LOW=nan: expected a finite number",
+    "MAX_GRAD_NORM=inf": "MAX_GRAD_NORM=inf: expected a finite number",
     "LR=fast": "LR=fast: expected float",
     "MAX_SKIPPED_STEPS=0": "expected a number over 0",
     "ZERO_STAGE=4": "expected one of 0, 1, 2, 3",
@@ -145,9 +179,24 @@ def test_a_wrong_value_is_one_sentence(run, tmp_path, argument):
     assert re.search(REFUSED[argument], text), text
 
 
+@pytest.mark.parametrize("package, argument", {
+    "wandb": "TRACKERS=wandb", "tensorboard": "TRACKERS=tensorboard", "peft": "LORA_RANK=4",
+    "datasets": "DATASET=ok.csv"}.items())
+def test_a_missing_package_is_one_sentence_with_the_way_out(run, tmp_path, package, argument):
+    code, text = train(run, tmp_path, argument, WITHOUT=package)
+    assert code == 1 and "Traceback" not in text, text
+    assert text.rstrip().endswith(f"(pip install {package})"), text
+
+
+def test_a_package_that_is_not_asked_for_may_be_missing(run, tmp_path):
+    code, text = train(run, tmp_path, "DATASET=two.jsonl", WITHOUT="wandb,tensorboard,peft,datasets,math_verify,vllm")
+    assert code == 0 and "Traceback" not in text, text
+
+
 @pytest.mark.parametrize("argument, sentence", [
     ("EVAL_SAMPLES=0", "EVAL_SAMPLES=0: expected a number over 0"),
-    ("TEMPERATURE=0", "TEMPERATURE=0.0: expected a number over 0"),
+    ("TEMPERATURE=0", "TEMPERATURE=0.0: expected a number over 1e-06"),
+    ("TEMPERATURE=inf", "TEMPERATURE=inf: expected a finite number"),
     ("MODEL=model,model,model", "expected one model or two"),
     ("EVAL_DATASET=", "EVAL_DATASET=: nothing to evaluate on"),
     ("EVAL_DATASET=nowhere.csv", "cannot read the data set nowhere.csv"),
@@ -167,9 +216,80 @@ def test_a_wrong_value_of_the_server_is_one_sentence(run, argument, sentence):
     assert code == 1 and "Traceback" not in text and sentence in text, text
 
 
+def config(**changes):
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def weights(change):
+    def changed(path):
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, {"format": "pt"})
+    return changed
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+TOO_LARGE = ("the tokenizer has 327 ids, the embedding only 300: save the model after "
+             r"model.resize_token_embeddings\(len\(tokenizer\)\)")
+BROKEN = {  # what is wrong in a model folder: file, how it is changed, sentence
+    "half a config": ("config.json", half, "config.json' is not a valid JSON file"),
+    "an empty config": ("config.json", lambda path: path.write_text(""), "config.json' is not a valid JSON file"),
+    "a config that is null": ("config.json", lambda path: path.write_text("null"), "cannot load MODEL=.*TypeError"),
+    "no config": ("config.json", os.remove, "model_type"),
+    "an unknown type": ("config.json", config(model_type="qwen99"), "model type `qwen99`"),
+    "another type": ("config.json", config(model_type="gpt2"), "its files lack these weights.* transformer.h.0"),
+    "no language model": ("config.json", config(model_type="vit"), "this kind of AutoModel: AutoModelForCausalLM"),
+    "a word for a number": ("config.json", config(hidden_size="big"), "Field 'hidden_size' expected int, got str"),
+    "more layers": ("config.json", config(num_hidden_layers=4, layer_types=["full_attention"] * 4),
+                    "its files lack these weights.* model.layers.3"),
+    "wider layers": ("config.json", config(intermediate_size=400), f"its files lack these weights.* {UP}"),
+    "an unknown activation": ("config.json", config(hidden_act="foo"), "cannot load MODEL=.*KeyError: 'foo'"),
+    "half the weights": ("model.safetensors", half, "cannot load MODEL=.*SafetensorError"),
+    "a pointer of Git LFS": ("model.safetensors", lambda path: path.write_text("version https://git-lfs.github.com/"),
+                             "cannot load MODEL=.*SafetensorError"),
+    "no weights": ("model.safetensors", os.remove, "no file named model.safetensors"),
+    "a missing tensor": ("model.safetensors", weights(lambda tensors: tensors.pop(UP)),
+                         f"its files lack these weights.*: {UP} "),
+    "a tensor of NaN": ("model.safetensors", weights(lambda tensors: tensors[UP].fill_(float("nan"))),
+                        f"its files lack these weights.*: {UP} "),
+    "a small embedding": ("model.safetensors", weights(lambda tensors: tensors.update(
+        {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:300].clone()})), TOO_LARGE),
+    "half a tokenizer": ("tokenizer.json", half, "cannot load MODEL=.*JSONDecodeError"),
+    "an empty tokenizer": ("tokenizer.json", lambda path: path.write_text("{}"), "cannot load MODEL=.*'added_tokens'"),
+    "no tokenizer": ("tokenizer.json", os.remove, "knows neither letters nor digits: is tokenizer.json missing"),
+    "a list of options": ("tokenizer_config.json", lambda path: path.write_text("[]"), "cannot load MODEL=.*'list'"),
+    "half a generation config": ("generation_config.json", half, "generation_config.json' is not a valid JSON file"),
+    "a list as generation config": ("generation_config.json", lambda path: path.write_text("[]"),
+                                    "cannot load MODEL=.*TypeError: 'list'"),
+    "a word as EOS": ("generation_config.json", config(eos_token_id="</s>"), "eos_token_id is '</s>'"),
+    "half a template": ("chat_template.jinja", half, "MODEL's chat template says: unexpected"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_model_folder_is_one_sentence(run, tmp_path, tiny_folder, name):
+    file, change, sentence = BROKEN[name]
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    if sentence == TOO_LARGE:  # the configuration agrees with the weights
+        config(vocab_size=300, pad_token_id=None, eos_token_id=None)(tmp_path / "model/config.json")
+    change(tmp_path / "model" / file)
+    model = f"MODEL={tmp_path}/model"
+    answers = {"trainer": train(run, tmp_path, model)}
+    answers["evaluate"] = run("-m", "grpo.evaluate", model, "EVAL_DATASET=ok.jsonl", f"OUTPUT_DIR={tmp_path}/run")
+    if name not in ("a word as EOS", "half a template"):  # a server needs neither
+        answers["server"] = run(str(ROOT / "ref_server.py"), model, "PORT=0")
+    for code, text in answers.values():
+        assert code == 1 and "Traceback" not in text and re.search(sentence, text), text
+
+
 ACCEPTED = {
     "DATASET=ok.csv": {}, "DATASET=ok.json": {}, "DATASET=ok.jsonl.gz": {}, "DATASET=two.jsonl::train[:1]": {},
-    "EVAL_DATASET=": {}, "SYSTEM_PROMPT=": {}, "TRACKERS=csv": {}, "OUTPUT_DIR=here/with blank/\u00f6": None,
+    "EVAL_DATASET=": {}, "SYSTEM_PROMPT=": {}, "TEMPERATURE=1e30": {}, "TRACKERS=csv": {},
+    "OUTPUT_DIR=here/with blank/\u00f6": None,
     "REWARDS=0.5 * mine:half , mine:thing": {"reward": 2.25, "reward/half": 0.5, "reward/Callable": 2.0},
     "REWARDS=mine:slow": {"reward/slow": 1.0}, "REWARDS=mine:part": {"reward/half": 0.5},
     "REWARDS=mine:plain": {"reward/plain": 5.0}, "REWARDS=mine:of_trl": {"reward/lambda": 1.0, "updates": 0.0},
@@ -183,6 +303,99 @@ def test_an_odd_value_is_right(run, tmp_path, argument):
     if ACCEPTED[argument] is not None:
         last = rows(tmp_path / "run/metrics.jsonl")[-1]
         assert ACCEPTED[argument].items() <= last.items()
+
+
+def test_too_high_a_learning_rate_ends_the_run_with_that_cause(run, tmp_path):
+    code, text = train(run, tmp_path, "LR=1e9", "WARMUP_STEPS=0", "STEPS=9", "GROUP_SIZE=4", "REWARDS=reward_len")
+    assert code == 1 and "Traceback" not in text, text
+    assert "not finite, 5 times in a row. Likely: LR=1000000000.0 is too high" in text, text
+
+
+NO_SERVER = "choose another PORT and REF_SERVER"
+SERVERS = {  # what answers at REF_SERVER: status and body of /health, sentence
+    "another site": (404, "nothing here", f"/health answered 404: nothing here .*{NO_SERVER}"),
+    "a page for any address": (200, "<html>hello</html>", f"is no reference server: {NO_SERVER}"),
+    "a list": (200, "[1]", f"is no reference server: {NO_SERVER}"),
+    "another health": (200, '{"status": "ok", "dtype": "float32"}', f"is no reference server: {NO_SERVER}"),
+    "a redirection": (302, "", f"/health answered 302: .*{NO_SERVER}"),
+    "an error page": (500, "<p>\n" * 2000, rf"/health answered 500: (<p> ){{90,100}}.*{NO_SERVER}"),
+    "a wrong token": (401, "set REF_TOKEN", "answered 401: set REF_TOKEN$"),
+    "another model": (200, '{"model": "M", "dtype": "float32", "vocab_size": 9}', "holds M, which is not the policy's"),
+}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_something_else_at_the_server_s_address_is_one_sentence(run, tmp_path, name):
+    status, body, sentence = SERVERS[name]
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Location", "http://127.0.0.1:9/")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as service:
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        code, text = train(run, tmp_path, "BETA=0.1", f"REF_SERVER=http://127.0.0.1:{service.server_port}/")
+        service.shutdown()
+    assert code == 1 and "Traceback" not in text and re.search(sentence, text.strip()), text
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:1", "", "ftp://a", "http://", "http://127.0.0.1:99999"])
+def test_an_address_that_is_none_is_named(run, tmp_path, address):
+    code, text = train(run, tmp_path, "BETA=0.1", f"REF_SERVER={address}")
+    assert code == 1 and "Traceback" not in text, text
+    assert f"REF_SERVER={address} is no address like http://127.0.0.1:59875" in text, text
+
+
+HOMEMADE = '''
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+class HomemadeConfig(Qwen2Config):
+    model_type = "homemade"
+
+class HomemadeForCausalLM(Qwen2ForCausalLM):
+    config_class = HomemadeConfig
+'''
+
+
+def test_a_model_with_code_of_its_own_is_run_on_request_and_saved_with_it(run, launch, tmp_path, tiny_folder):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "model/modeling_homemade.py").write_text(HOMEMADE)
+    names = {"AutoConfig": "HomemadeConfig", "AutoModelForCausalLM": "HomemadeForCausalLM"}
+    config(model_type="homemade", auto_map={name: f"modeling_homemade.{value}" for name, value in names.items()},
+           architectures=["HomemadeForCausalLM"])(tmp_path / "model/config.json")
+    model, trust = f"MODEL={tmp_path}/model", "TRUST_REMOTE_CODE=True"
+    score = "-m", "grpo.evaluate", "EVAL_DATASET=ok.jsonl", f"OUTPUT_DIR={tmp_path}/evaluation"
+    for code, text in (train(run, tmp_path, model), run(*score, model),
+                       run(str(ROOT / "ref_server.py"), model, "PORT=0")):
+        assert code == 1 and "Traceback" not in text and "`TRUST_REMOTE_CODE=True` to allow" in text, text
+
+    process = launch("ref_server.py", model, trust, "PORT=0")
+    words = model, trust, f"REF_SERVER={process.wait_for('http://127.0.0.1:[0-9]+')[0]}", "BETA=0.1", "SAVE_EVERY=1"
+    code, text = train(run, tmp_path, *words, "REF_SYNC_EVERY=1", "REWARDS=reward_len", "LR=0.01", "WARMUP_STEPS=0")
+    assert code == 0, text
+    assert rows(tmp_path / "run/metrics.jsonl")[-1]["grad_norm"] > 0
+    saved = tmp_path / "run/step_1"
+    assert (saved / "modeling_homemade.py").read_text() == HOMEMADE
+    before, after = (load_file(folder / "model.safetensors")[UP] for folder in (tmp_path / "model", saved))
+    assert before.shape == after.shape and not before.equal(after)
+    code, text = run(*score, f"MODEL={saved}", trust)
+    assert code == 0, text
+
+    # the server has the renewed reference now, which a run that does not renew cannot start from
+    code, text = train(run, tmp_path, *words, f"OUTPUT_DIR={tmp_path}/plain")
+    assert code == 1 and "Traceback" not in text, text
+    assert re.search("the reference here is .*-1: restart the server, unless another run uses it", text), text
+
+
+def test_all_processes_end_with_the_sentence(launch, few, tmp_path):
+    program = "deepspeed", "--num_accelerators", "2", "--master_port=29640", "grpo_train.py"
+    code, text = launch(*program, *few, "REF_SERVER=localhost", f"OUTPUT_DIR={tmp_path}/run").wait(90)
+    said = [line for line in text.splitlines() if "[launch.py" not in line and line.strip()]
+    assert code == 1 and "REF_SERVER=localhost is no address like http://127.0.0.1:59875" in said[-1], text
+    assert "Traceback" not in text and "frame #" not in text, text
 
 
 ROWS = {  # a row of a data set: what is wrong with it

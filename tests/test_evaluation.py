@@ -46,6 +46,29 @@ def test_a_problems_numbers():
     assert evaluation.worth([answer(True, format=True), answer(True, format=False)])["sampled/format"] == 0
 
 
+def unjudged(tokens=5):
+    return answer(False, tokens) | {"accuracy": None, "reward": None}
+
+
+def test_what_is_not_judged_counts_neither_as_right_nor_as_wrong():
+    worth = evaluation.worth([unjudged(), answer(True), unjudged(7), answer(False), unjudged()])
+    assert worth["sampled/accuracy"] == worth["sampled/pass@1"] == 0.5 and worth["sampled/reward"] == 1
+    assert worth["sampled/pass@2"] == 1 and numpy.isnan([worth["sampled/pass@4"], worth["greedy/accuracy"]]).all()
+    assert worth["sampled/tokens"] == 5.5
+    nothing = evaluation.worth([unjudged()] * 5)
+    others = [evaluation.worth([answer(True)] * 5), evaluation.worth([answer(False)] * 5)]
+    alone, with_nothing = (evaluation.summary([some])[0] for some in (others, [*others, nothing]))
+    for name in "greedy/accuracy", "sampled/accuracy", "sampled/pass@2", "sampled/reward":
+        assert with_nothing[name] == alone[name]
+    results = evaluation.summary([[nothing, *others]] * 2)
+    assert results[2]["greedy/accuracy"] == evaluation.summary([others] * 2)[2]["greedy/accuracy"]
+    about = {"problems": 3, "EVAL_SAMPLES": 4, "TEMPERATURE": 1.0, "REWARDS": {"mine": 1.0}}
+    assert "did not judge" not in evaluation.table(["one", "other"], results, about)
+    text = evaluation.table(["one", "other"], evaluation.summary([[nothing] * 3] * 2), about | {"unjudged": 30})
+    assert "30 completions that mine did not judge are left out of the accuracy" in text
+    assert text.count("not judged") == 6 * 3
+
+
 def ends(numbers):
     return [numbers["low"], numbers["high"]]
 

@@ -56,11 +56,11 @@ FAMILIES = {  # family: class in transformers, what its configuration has beside
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 11], [4]]
 
 
-def make_model(family: str):
+def make_model(family: str, **options):
     torch.manual_seed(0)
     name, changes = FAMILIES[family]
     config = next(kind for ending in ("TextConfig", "Config") if (kind := getattr(transformers, name + ending, None)))
-    return randomised(getattr(transformers, f"{name}ForCausalLM")(config(**SHAPE | changes)))
+    return randomised(getattr(transformers, f"{name}ForCausalLM")(config(**SHAPE | changes | options)))
 
 
 def randomised(model):
@@ -98,9 +98,9 @@ def save_model(model, folder) -> None:
     arithmetic.make_tokenizer(arithmetic.make_problems(50, random.Random(0))).save_pretrained(folder)
 
 
-def check_family(family: str, folder) -> str:
+def check_family(family: str, folder, **options) -> str:
     """Greedy samples, their log-probs, and one update, against plain transformers; returns how it was sampled."""
-    save_model(make_model(family), folder)
+    save_model(make_model(family, **options), folder)
     policy = Policy(str(folder), 64)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager",
                                                               experts_implementation="eager")
@@ -143,6 +143,11 @@ def check_family(family: str, folder) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_sampled_scored_and_trained_as_transformers_does(alone, family, tmp_path):
     check_family(family, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Granite hybrid"])  # the fast way, and `generate`
+def test_the_router_s_auxiliary_loss_is_no_part_of_the_update(alone, family, tmp_path):
+    check_family(family, tmp_path, output_router_logits=True, router_aux_loss_coef=9.0)
 
 
 @pytest.mark.parametrize("name", WITH_VISION)

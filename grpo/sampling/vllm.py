@@ -22,7 +22,7 @@ class Engine:
         try:
             from vllm import LLM
         except ImportError as error:
-            raise SystemExit(f"SAMPLER=vllm: {error} (pip install -r tests/requirements-vllm.txt)") from error
+            raise SystemExit(f"SAMPLER=vllm: {error} (pip install -r tests/requirements-vllm.txt)") from None
         self.policy, self.on_gpu = policy, torch.cuda.is_available()
         device = {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
         if not self.on_gpu:
