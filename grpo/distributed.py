@@ -8,6 +8,9 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import contextmanager
+from math import isnan
+from statistics import stdev
 
 import deepspeed
 import torch
@@ -22,42 +25,43 @@ def start() -> tuple[int, int]:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    try:
+    with explained("the processes of this run cannot meet at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ),
+                   dist.DistNetworkError, hint=" (a second run on one machine needs a port of its own: "
+                                               "deepspeed --master_port 29501 grpo_train.py ...)"):
         deepspeed.init_distributed(verbose=False)
-    except dist.DistNetworkError as error:
-        place = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
-        raise SystemExit(f"the processes of this run cannot meet at {place}: {error} (a second run on one machine "
-                         "needs a port of its own: deepspeed --master_port 29501 grpo_train.py ...)") from error
     return dist.get_rank(), dist.get_world_size()
 
 
-def reduce(values: list[float | torch.Tensor], operation=dist.ReduceOp.SUM) -> list[float]:
-    """All-reduce: each value summed over all processes, or combined by another operation."""
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device) for value in values])
-    dist.all_reduce(numbers, operation)
-    return numbers.tolist()
+@contextmanager
+def explained(sentence: str, errors=Exception, hint=""):
+    """A context in which an error of these classes becomes SystemExit: the sentence, the error, and a hint."""
+    try:
+        yield
+    except errors as error:
+        raise SystemExit(f"{sentence}: {type(error).__name__}: {error}{hint}") from error
+
+
+def of_all(value) -> list:
+    """The value, any picklable object, of every process, in their order."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def reduce(values: list[float | torch.Tensor]) -> list[float]:
+    """Each value summed over all processes."""
+    return [sum(some) for some in zip(*of_all([float(value) for value in values]))]
 
 
 def largest(value: float) -> float:
     """The largest of all processes' values."""
-    return reduce([value], dist.ReduceOp.MAX)[0]
+    return max(of_all(value))
 
 
 def std(values: list[float]) -> float:
     """The sample standard deviation of all processes' values, NaN aside."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    numbers = numbers[~numbers.isnan()]
-    total, count = reduce([numbers.sum(), len(numbers)])
-    squares = reduce([(numbers - total / max(1, count)).square().sum()])[0]
-    return (squares / max(1, count - 1)) ** 0.5
-
-
-def from_first(value):
-    """The first process's value, any picklable object."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
+    numbers = [value for some in of_all(values) for value in some if not isnan(value)]
+    return stdev(numbers) if len(numbers) > 1 else 0.0
 
 
 def stop_at_signals() -> None:
@@ -76,19 +80,12 @@ def run(main) -> None:
     """Calls main(). An error is printed and ends this process at once, whatever its threads are waiting for."""
     try:
         return main()
-    except SystemExit as error:
-        print(error, file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except (SystemExit, KeyboardInterrupt) as error:
+        print(str(error) or "interrupted", file=sys.stderr)
     except Exception as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error) or alone_for(10):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        of_another = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not (of_another and stopping.wait(10)):  # the launcher ends this process meanwhile, if it saw the other fail
             traceback.print_exc()
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(1)
-
-
-def alone_for(seconds: float) -> bool:
-    """False if the launcher ends this process meanwhile: another one has failed, which is the cause."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return not stopping.wait(seconds)
