@@ -14,9 +14,7 @@ import copy
 import fcntl
 import json
 import os
-import secrets
 import shutil
-import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -50,7 +48,7 @@ def begin(folder: str, constants: dict, resume: bool) -> tuple[int, str]:
     constants |= digests({name: constants.get(name, "") for name in ("DATASET", "EVAL_DATASET")})
     with writing_to(folder):
         last = prepare(Path(folder), constants, resume) if dist.get_rank() == 0 else 0
-    last, start = of_all((last, secrets.token_hex(6)))[0]
+    last, start = of_all((last, os.urandom(6).hex()))[0]
     require((Path(folder) / "run.json").exists(),
             f"OUTPUT_DIR={folder} is not the folder of the first process: the machines have to share it")
     return last, start
@@ -66,18 +64,19 @@ def prepare(path: Path, constants: dict, resume: bool) -> int:
     lock(path)
     if (path / "metrics.jsonl").exists():
         before = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
-        changed = [f"{name}={before.get(name)} there" for name in fixed if before.get(name, now[name]) != now[name]]
+        changed = [f"{name}={old} there" for name, old in before.items() if name in fixed and old != now[name]]
         hint = "; ".join(changed[:3]) or "RESUME=True continues it"
         require(resume and not changed, f"OUTPUT_DIR={path} holds another run: choose another ({hint})")
     last = max([0, *complete(path)])
-    require(not last or (path / f"step_{last}/state").is_dir(), f"{path}/step_{last} has no state/ to continue from: "
-            f"move it away to continue from an earlier step, or begin a new run with MODEL={path}/step_{last}")
+    state = path / f"step_{last}/state"
+    require(not last or state.is_dir(), f"{state.parent} has no state/ to continue from: move it away to continue "
+            f"from an earlier step, or begin a new run with MODEL={state.parent}")
     replace(path / "run.json", json.dumps(now, indent=1))
     shutil.copy(Path(__file__).with_name("page.html"), path / "index.html")
     for leftover in path.glob("step_*.unfinished"):
         shutil.rmtree(leftover)
-    if (reference := path / f"step_{last}/state/reference.safetensors").exists():
-        shutil.copy(reference, path)
+    if (state / "reference.safetensors").exists():
+        shutil.copy(state / "reference.safetensors", path)
     for name in {"metrics.jsonl", "completions.jsonl"} & set(os.listdir(path)):
         cut(path / name, last)
     return last
@@ -96,7 +95,7 @@ def lock(path: Path) -> None:
     except (BlockingIOError, PermissionError):
         raise SystemExit(f"OUTPUT_DIR={path} is in use by {os.read(file, 200).decode()}: end that run, or choose "
                          "another folder") from None
-    os.truncate(file, os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0))
+    os.truncate(file, os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0))
 
 
 def rehearse(policy, folder: str) -> None:
@@ -109,8 +108,7 @@ def rehearse(policy, folder: str) -> None:
         model.config.save_pretrained(trial)
         model.generation_config.save_pretrained(trial)
         save_tokenizer(policy, trial)
-    needed = sum(parameter.nbytes + parameter.requires_grad * (parameter.nbytes + 12 * parameter.numel())
-                 for parameter in model.parameters())
+    needed = sum(one.nbytes + one.requires_grad * (one.nbytes + 12 * one.numel()) for one in model.parameters())
     free = shutil.disk_usage(folder).free
     require(free > needed, f"OUTPUT_DIR={folder} has room for {free / 1e9:.1f} GB, a checkpoint takes up to "
                            f"{needed / 1e9:.1f} GB: choose another disk, or LORA_RANK")
@@ -141,8 +139,8 @@ def save(engine, policy, folder: str, step: int, keep: int) -> None:
     """
     final = Path(folder) / f"step_{step}"
     unfinished = final.with_suffix(".unfinished")
-    with explained(f"cannot save {final}", hint=f"; complete checkpoints: {complete(folder)}. Make room and start the "
-                                                "same command again"):
+    hint = f"; complete checkpoints: {complete(folder)}. Make room and start the same command again"
+    with explained(f"cannot save {final}", hint=hint):
         engine.save_checkpoint(str(unfinished), tag="state", save_latest=False)
         with policy.gathered():
             if dist.get_rank() > 0:
@@ -160,7 +158,8 @@ def save(engine, policy, folder: str, step: int, keep: int) -> None:
 
 def write(unfinished: Path, policy) -> None:
     """The part of a checkpoint that one process writes for all of them."""
-    plain, reference = merged(policy.model), unfinished.parent / "reference.safetensors"
+    plain = merged(policy.model)
+    reference = unfinished.parent / "reference.safetensors"
     plain.save_pretrained(unfinished)
     save_tokenizer(policy, unfinished)
     if plain is not policy.model:

@@ -9,8 +9,6 @@ import sys
 import threading
 import traceback
 from contextlib import contextmanager
-from math import isnan
-from statistics import stdev
 
 import deepspeed
 import torch
@@ -59,9 +57,9 @@ def largest(value: float) -> float:
 
 
 def std(values: list[float]) -> float:
-    """The sample standard deviation of all processes' values, NaN aside."""
-    numbers = [value for some in of_all(values) for value in some if not isnan(value)]
-    return stdev(numbers) if len(numbers) > 1 else 0.0
+    """The sample standard deviation of all processes' values, NaN aside; NaN if there are not two of them."""
+    numbers = torch.tensor(sum(of_all(values), []), dtype=torch.float64)
+    return numbers[~numbers.isnan()].std().item()
 
 
 def stop_at_signals() -> None:

@@ -16,10 +16,8 @@ def fitting_tokens(policy, budget: int, prompt_tokens: int, completion_tokens: i
     before DeepSpeed has the model, so that a process without memory leaves no other waiting. SystemExit if a single
     row does not fit.
     """
-    if not memory_is_limited():
-        return budget
     asked, length = budget, prompt_tokens + completion_tokens
-    while True:
+    while memory_is_limited():
         count = min(max(1, -(-budget // length)), samples)
         row = length if count == 1 else min(length, budget // count)
         if all(of_all(fits(policy, count, row, min(prompt_tokens, row - 1), zero_stage))):
@@ -40,10 +38,10 @@ def fits(policy, count: int, length: int, prompt_length: int, zero_stage: int) -
     gradients.
     """
     model = policy.module.train().model
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    states = 12 * sum(parameter.numel() for parameter in trained) // (dist.get_world_size() if zero_stage else 1)
-    gradients = sum(parameter.nbytes for parameter in trained) if zero_stage < 2 else 0
-    hooks = [parameter.register_post_accumulate_grad_hook(drop_gradient) for parameter in trained]
+    trained = [one for one in model.parameters() if one.requires_grad]
+    states = 12 * sum(one.numel() for one in trained) // (dist.get_world_size() if zero_stage else 1)
+    gradients = sum(one.nbytes for one in trained) if zero_stage < 2 else 0
+    hooks = [one.register_post_accumulate_grad_hook(drop_gradient) for one in trained]
     tokens = torch.randint(model.config.get_text_config().vocab_size, (count * length,),
                            generator=torch.Generator().manual_seed(0))
     lens = torch.full((count,), prompt_length), torch.full((count,), length - prompt_length)

@@ -2,12 +2,12 @@
 import asyncio
 import importlib
 import inspect
-import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from math import isfinite, isnan, nan
+from typing import NamedTuple
 
 from transformers import TrainerState
 
@@ -20,8 +20,7 @@ from grpo.types import Group, Prompt, samples_of, tokens_until
 loop = asyncio.Runner(loop_factory=asyncio.new_event_loop)
 
 
-@dataclass(eq=False)
-class Reward:
+class Reward(NamedTuple):
     """An entry of REWARDS."""
     function: Callable
     weight: float  # 0: the function is only logged
@@ -50,11 +49,11 @@ def load_rewards(rewards: list) -> list[Reward]:
             with explained(f"no reward function {entry}", hint="; name one of rewards.py, or module:function"):
                 weight = float(factor or weight)
                 function = getattr(importlib.import_module(module or "rewards"), name)
-        require(callable(function), f"REWARDS holds {entry!r}, which is not a function")
-        require(math.isfinite(weight), f"REWARDS: the weight of {name_of(function)} is {weight}, not a finite number")
-        require(function not in [reward.function for reward in found], f"REWARDS holds {name_of(function)} twice")
         name = name_of(function)
-        while name in [reward.name for reward in found]:
+        require(callable(function), f"REWARDS holds {entry!r}, which is not a function")
+        require(isfinite(weight), f"REWARDS: the weight of {name} is {weight}, not a finite number")
+        require(function not in [one.function for one in found], f"REWARDS holds {name} twice")
+        while name in [one.name for one in found]:
             name += f"_{len(found) + 1}"
         found.append(Reward(function, weight, name))
     require(found, "REWARDS is empty: name one reward function at least")
@@ -71,7 +70,7 @@ def arguments(prompts: list[Prompt], **ours) -> dict:
 def bound(function, given: dict) -> Callable:
     """The function with `given` as its arguments: all, or those that it names if it does not take any keyword."""
     signature = inspect.signature(function)
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+    if not any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values()):
         given = {name: value for name, value in given.items() if name in signature.parameters}
         if not given:
             raise TypeError("it takes neither completions nor columns. Does it make a reward function? Then call it in "
@@ -121,18 +120,18 @@ def score(groups: list[Group], rewards: list[Reward], tokenizer, metrics: Metric
             sample.extra[column] = value
 
     values, steps = compute_rewards(rewards, arguments(
-        [sample.prompt for sample in samples],
+        [one.prompt for one in samples],
         completions=[[{"role": "assistant", "content": one.text}] if one.prompt.messages else one.text
                      for one in samples],
-        completion_ids=[sample.tokens.tolist() for sample in samples],
+        completion_ids=[one.tokens.tolist() for one in samples],
         trainer_state=TrainerState(global_step=metrics.step - 1, max_steps=metrics.steps),  # updates so far
         log_extra=log_extra, log_metric=metrics.log))
     for sample, numbers, written in zip(samples, zip(*values), zip(*steps)):
         sample.rewards = list(numbers)
         parts = [(reward.weight * number, some) for reward, number, some in zip(rewards, numbers, written)
-                 if reward.weight and not math.isnan(number)]
-        sample.reward = sum(part for part, _ in parts) if parts else math.nan
-        sample.outcome = sum(part for part, some in parts if not some) if parts else math.nan  # section 4.1.2: r
+                 if reward.weight and not isnan(number)]
+        sample.reward = sum(part for part, _ in parts) if parts else nan
+        sample.outcome = sum(part for part, some in parts if not some) if parts else nan  # section 4.1.2: r
         # section 4.1.3: r^index(j)
         sample.steps = [[(tokens_until(tokenizer, sample.tokens, end), value) for end, value in some if reward.weight]
                         for reward, some in zip(rewards, written)]
@@ -145,7 +144,7 @@ def compute_rewards(rewards: list[Reward], given: dict) -> tuple[list, list]:
     """
     values, steps = [], []
     texts = [one if isinstance(one, str) else one[-1]["content"] for one in given["completions"]]
-    for reward, result in zip(rewards, call([reward.function for reward in rewards], given)):
+    for reward, result in zip(rewards, call([one.function for one in rewards], given)):
         said = f"reward {reward.name} returned"
         if isinstance(result, Exception):
             completion = culprit(reward.function, given)
@@ -157,7 +156,7 @@ def compute_rewards(rewards: list[Reward], given: dict) -> tuple[list, list]:
         steps.append([value if isinstance(value, list) else [] for value in result])
         for value, number, some, text in zip(result, values[-1], steps[-1], texts):
             inside = all(0 < end <= len(text) for end, _ in some)
-            if not inside or value is not None and not math.isfinite(number):
+            if not inside or value is not None and not isfinite(number):
                 raise SystemExit(f"{said} {value} for {text!r}")
     return values, steps
 
@@ -165,7 +164,7 @@ def compute_rewards(rewards: list[Reward], given: dict) -> tuple[list, list]:
 def as_number(value) -> float:
     if isinstance(value, list):
         return float(sum(reward for _, reward in value))
-    return math.nan if value is None else float(value)
+    return nan if value is None else float(value)
 
 
 def culprit(function, given: dict):
