@@ -1,4 +1,4 @@
-"""The processes of a run: start, all-reduce, shut down.
+"""The processes of a run: start, share values, turn errors into sentences, shut down.
 
 `deepspeed` starts one process for each GPU, `python` a single one. If a process fails, all end, and its error is the
 last one on the screen. SIGTERM or Ctrl-C ends the run after the current step; the same signal again ends it at once.
