@@ -14,20 +14,17 @@ import copy
 import fcntl
 import json
 import os
-import secrets
 import shutil
-import socket
-from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from grpo import report
 from grpo.constants import require
 from grpo.data import digests
-from grpo.distributed import from_first
+from grpo.distributed import explained, of_all
 from grpo.scoring import name_of
 
 MAY_CHANGE = ("OUTPUT_DIR RESUME STEPS SAVE_EVERY EVAL_EVERY KEEP_CHECKPOINTS REF_SERVER "
@@ -48,8 +45,10 @@ def begin(folder: str, constants: dict, resume: bool) -> tuple[int, str]:
     with other constants, or if a process, on another machine perhaps, does not see it.
     """
     require(folder, "OUTPUT_DIR is empty: name a folder")
-    last = prepare(Path(folder), constants, resume) if dist.get_rank() == 0 else 0
-    last, start = from_first((last, secrets.token_hex(6)))
+    constants |= digests({name: constants.get(name, "") for name in ("DATASET", "EVAL_DATASET")})
+    with writing_to(folder):
+        last = prepare(Path(folder), constants, resume) if dist.get_rank() == 0 else 0
+    last, start = of_all((last, os.urandom(6).hex()))[0]
     require((Path(folder) / "run.json").exists(),
             f"OUTPUT_DIR={folder} is not the folder of the first process: the machines have to share it")
     return last, start
@@ -58,40 +57,34 @@ def begin(folder: str, constants: dict, resume: bool) -> tuple[int, str]:
 def prepare(path: Path, constants: dict, resume: bool) -> int:
     """The first process's part of `begin`: removes what the run wrote after its last checkpoint, whose step it gives.
     """
-    constants |= digests({name: constants.get(name, "") for name in ("DATASET", "EVAL_DATASET")})
     fixed = [name for name in constants if name not in MAY_CHANGE]
     constants = {name: constants[name] for name in constants if name in [*fixed, "STEPS"]}
     now = json.loads(json.dumps(constants, default=name_of))
-    with writing_to(path):
-        path.mkdir(parents=True, exist_ok=True)
-        lock(path)
+    path.mkdir(parents=True, exist_ok=True)
+    lock(path)
     if (path / "metrics.jsonl").exists():
         before = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
-        changed = [f"{name}={before.get(name)} there" for name in fixed if before.get(name, now[name]) != now[name]]
+        changed = [f"{name}={old} there" for name, old in before.items() if name in fixed and old != now[name]]
         hint = "; ".join(changed[:3]) or "RESUME=True continues it"
         require(resume and not changed, f"OUTPUT_DIR={path} holds another run: choose another ({hint})")
     last = max([0, *complete(path)])
-    require(not last or (path / f"step_{last}/state").is_dir(), f"{path}/step_{last} has no state/ to continue from: "
-            f"move it away to continue from an earlier step, or begin a new run with MODEL={path}/step_{last}")
-    with writing_to(path):
-        replace(path / "run.json", json.dumps(now, indent=1))
-        shutil.copy(Path(__file__).with_name("page.html"), path / "index.html")
+    state = path / f"step_{last}/state"
+    require(not last or state.is_dir(), f"{state.parent} has no state/ to continue from: move it away to continue "
+            f"from an earlier step, or begin a new run with MODEL={state.parent}")
+    replace(path / "run.json", json.dumps(now, indent=1))
+    shutil.copy(Path(__file__).with_name("page.html"), path / "index.html")
     for leftover in path.glob("step_*.unfinished"):
         shutil.rmtree(leftover)
-    if (reference := path / f"step_{last}/state/reference.safetensors").exists():
-        shutil.copy(reference, path)
-    for name in "metrics", "completions":
-        cut(path / f"{name}.jsonl", last)
+    if (state / "reference.safetensors").exists():
+        shutil.copy(state / "reference.safetensors", path)
+    for name in {"metrics.jsonl", "completions.jsonl"} & set(os.listdir(path)):
+        cut(path / name, last)
     return last
 
 
-@contextmanager
-def writing_to(path: Path):
+def writing_to(folder):
     """A context in which an OSError becomes SystemExit, because OUTPUT_DIR cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise SystemExit(f"OUTPUT_DIR={path} cannot be written: {error}") from error
+    return explained(f"OUTPUT_DIR={folder} cannot be written", OSError)
 
 
 def lock(path: Path) -> None:
@@ -102,24 +95,20 @@ def lock(path: Path) -> None:
     except (BlockingIOError, PermissionError):
         raise SystemExit(f"OUTPUT_DIR={path} is in use by {os.read(file, 200).decode()}: end that run, or choose "
                          "another folder") from None
-    os.truncate(file, os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0))
+    os.truncate(file, os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0))
 
 
 def rehearse(policy, folder: str) -> None:
     """SystemExit for what would make the first save fail: files that transformers refuses to write, a full disk."""
     if dist.get_rank() > 0:
         return
-    trial, model = Path(folder) / "step_0.unfinished", policy.model
-    try:
+    model = policy.model
+    with (explained(f"MODEL={policy.path} cannot be saved by transformers"),
+          TemporaryDirectory(".unfinished", "step_", folder) as trial):
         model.config.save_pretrained(trial)
         model.generation_config.save_pretrained(trial)
         save_tokenizer(policy, trial)
-    except Exception as error:  # whatever they do not like
-        raise SystemExit(f"MODEL={policy.path} cannot be saved by transformers: {error}") from error
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
-    needed = sum(parameter.nbytes + parameter.requires_grad * (parameter.nbytes + 12 * parameter.numel())
-                 for parameter in model.parameters())
+    needed = sum(one.nbytes + one.requires_grad * (one.nbytes + 12 * one.numel()) for one in model.parameters())
     free = shutil.disk_usage(folder).free
     require(free > needed, f"OUTPUT_DIR={folder} has room for {free / 1e9:.1f} GB, a checkpoint takes up to "
                            f"{needed / 1e9:.1f} GB: choose another disk, or LORA_RANK")
@@ -127,10 +116,9 @@ def rehearse(policy, folder: str) -> None:
 
 def cut(path: Path, last: int) -> None:
     """Removes the rows after a step, all of them if it is 0, and a line that was never finished."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if last and line.endswith("}\n") and json.loads(line)["step"] <= last]
-    if len(kept) < len(lines):
-        replace(path, "".join(kept))
+    replace(path, "".join(kept))
 
 
 def replace(path: Path, text: str) -> None:
@@ -145,33 +133,33 @@ def merged(model):
 
 
 def save(engine, policy, folder: str, step: int, keep: int) -> None:
-    """folder/step_N, by all processes together; the `keep` newest stay. SystemExit says why it could not be written."""
-    final, first = Path(folder) / f"step_{step}", dist.get_rank() == 0
+    """folder/step_N, by all processes together; the `keep` newest stay, with 0 all of them.
+
+    SystemExit says why it could not be written.
+    """
+    final = Path(folder) / f"step_{step}"
     unfinished = final.with_suffix(".unfinished")
-    try:
+    hint = f"; complete checkpoints: {complete(folder)}. Make room and start the same command again"
+    with explained(f"cannot save {final}", hint=hint):
         engine.save_checkpoint(str(unfinished), tag="state", save_latest=False)
         with policy.gathered():
-            if first:
-                write(unfinished, policy)
-        if first:
-            os.replace(unfinished, final)
-            for old in complete(folder)[:-keep] if keep else []:
-                doomed = Path(folder) / f"step_{old}.unfinished"
-                os.replace(doomed.with_suffix(""), doomed)
-                shutil.rmtree(doomed)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise SystemExit(f"cannot save {final}: {error}; complete checkpoints: {complete(folder)}. "
-                         "Make room and start the same command again") from error
-    if first:
-        try:
-            report.card(Path(folder), final)
-        except Exception as error:  # whatever it is, the weights are worth more
-            print(f"{final.name}: the model card is not whole: {error!r}", flush=True)
+            if dist.get_rank() > 0:
+                return
+            write(unfinished, policy)
+        unfinished.rename(final)
+        for old in complete(folder)[:-keep]:
+            doomed = Path(folder) / f"step_{old}"
+            shutil.rmtree(doomed.rename(doomed.with_suffix(".unfinished")))
+    try:
+        report.card(Path(folder), final)
+    except Exception as error:  # whatever it is, the weights are worth more
+        print(f"{final.name}: the model card is not whole: {error!r}", flush=True)
 
 
 def write(unfinished: Path, policy) -> None:
     """The part of a checkpoint that one process writes for all of them."""
-    plain, reference = merged(policy.model), unfinished.parent / "reference.safetensors"
+    plain = merged(policy.model)
+    reference = unfinished.parent / "reference.safetensors"
     plain.save_pretrained(unfinished)
     save_tokenizer(policy, unfinished)
     if plain is not policy.model:
@@ -192,8 +180,6 @@ def save_tokenizer(policy, folder: Path) -> None:
 
 def load(engine, folder: str, step: int) -> None:
     """Weights and optimizer as they were after the step. SystemExit if a part of them is missing or broken."""
-    try:
+    with explained(f"{folder}/step_{step}/state is not whole",
+                   hint=f" (move step_{step} away to continue from an earlier step)"):
         engine.load_checkpoint(f"{folder}/step_{step}", tag="state", load_lr_scheduler_states=False)
-    except Exception as error:  # DeepSpeed asserts, and torch and pickle have errors of their own
-        raise SystemExit(f"{folder}/step_{step}/state is not whole: {type(error).__name__} {error} (move step_{step} "
-                         "away to continue from an earlier step)") from error

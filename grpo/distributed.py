@@ -1,4 +1,4 @@
-"""The processes of a run: start, all-reduce, shut down.
+"""The processes of a run: start, share values, turn errors into sentences, shut down.
 
 `deepspeed` starts one process for each GPU, `python` a single one. If a process fails, all end, and its error is the
 last one on the screen. SIGTERM or Ctrl-C ends the run after the current step; the same signal again ends it at once.
@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import contextmanager
 
 import deepspeed
 import torch
@@ -22,42 +23,43 @@ def start() -> tuple[int, int]:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    try:
+    with explained("the processes of this run cannot meet at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ),
+                   dist.DistNetworkError, hint=" (a second run on one machine needs a port of its own: "
+                                               "deepspeed --master_port 29501 grpo_train.py ...)"):
         deepspeed.init_distributed(verbose=False)
-    except dist.DistNetworkError as error:
-        place = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
-        raise SystemExit(f"the processes of this run cannot meet at {place}: {error} (a second run on one machine "
-                         "needs a port of its own: deepspeed --master_port 29501 grpo_train.py ...)") from None
     return dist.get_rank(), dist.get_world_size()
 
 
-def reduce(values: list[float | torch.Tensor], operation=dist.ReduceOp.SUM) -> list[float]:
-    """All-reduce: each value summed over all processes, or combined by another operation."""
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device) for value in values])
-    dist.all_reduce(numbers, operation)
-    return numbers.tolist()
+@contextmanager
+def explained(sentence: str, errors=Exception, hint=""):
+    """A context in which an error of these classes becomes SystemExit: the sentence, the error, and a hint."""
+    try:
+        yield
+    except errors as error:
+        raise SystemExit(f"{sentence}: {type(error).__name__}: {error}{hint}") from error
+
+
+def of_all(value) -> list:
+    """The value, any picklable object, of every process, in their order."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def reduce(values: list[float | torch.Tensor]) -> list[float]:
+    """Each value summed over all processes."""
+    return [sum(some) for some in zip(*of_all([float(value) for value in values]))]
 
 
 def largest(value: float) -> float:
     """The largest of all processes' values."""
-    return reduce([value], dist.ReduceOp.MAX)[0]
+    return max(of_all(value))
 
 
 def std(values: list[float]) -> float:
-    """The sample standard deviation of all processes' values, NaN aside."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    numbers = numbers[~numbers.isnan()]
-    total, count = reduce([numbers.sum(), len(numbers)])
-    squares = reduce([(numbers - total / max(1, count)).square().sum()])[0]
-    return (squares / max(1, count - 1)) ** 0.5
-
-
-def from_first(value):
-    """The first process's value, any picklable object."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
+    """The sample standard deviation of all processes' values, NaN aside; NaN if there are not two of them."""
+    numbers = torch.tensor(sum(of_all(values), []), dtype=torch.float64)
+    return numbers[~numbers.isnan()].std().item()
 
 
 def stop_at_signals() -> None:
@@ -79,19 +81,15 @@ def run(main) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     except (Exception, SystemExit) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         cause = error.__cause__ or error
         hint = f" (pip install {cause.name})" if isinstance(cause, ModuleNotFoundError) else ""
-        if not isinstance(cause, dist.DistError) and "gloo" not in str(cause) or alone_for(10):
-            if isinstance(error, SystemExit) or hint:
-                print(f"{error}{hint}", file=sys.stderr)
-            else:
-                traceback.print_exc()
+        of_another = isinstance(cause, dist.DistError) or "gloo" in str(cause)
+        if of_another and stopping.wait(10):  # the launcher ends this process meanwhile, if it saw the other fail
+            pass
+        elif isinstance(error, SystemExit) or hint:
+            print(f"{error}{hint}", file=sys.stderr)
+        else:
+            traceback.print_exc()
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(1)
-
-
-def alone_for(seconds: float) -> bool:
-    """False if the launcher ends this process meanwhile: another one has failed, which is the cause."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return not stopping.wait(seconds)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from grpo.constants import require
-from grpo.distributed import largest
+from grpo.distributed import explained, of_all
 from grpo.types import Group, MicroBatch, Prompt, Sample, in_batches, micro_batch, samples_of
 
 
@@ -15,10 +15,8 @@ def start_engine(module, config: dict):
     """`deepspeed.initialize`. An update with gradients that are not finite changes nothing, with any ZeRO stage."""
     require(config["zero_optimization"]["stage"] or not config["bf16"]["enabled"],
             "ZERO_STAGE=0: in bfloat16 DeepSpeed's first update is a quarter too small then: use 1")
-    try:
+    with explained("DeepSpeed cannot start with DS_CONFIG"):  # by its own checks, or by a tracker's
         engine = deepspeed.initialize(model=module.train(), config=config)[0]
-    except Exception as error:  # of its own checks, or of a tracker's
-        raise SystemExit(f"DeepSpeed cannot start with DS_CONFIG: {type(error).__name__}: {error}") from error
     engine.basic_optimizer.register_step_pre_hook(drop_bad_gradients)
     engine.enable_backward_allreduce = dist.get_world_size() > 1 or engine.zero_optimization_stage() > 0
     engine.monitor.enabled = False  # for DeepSpeed's own events, which do not count steps
@@ -34,7 +32,7 @@ def make_batches(groups: list[Group], budget: int, device) -> list[MicroBatch]:
     """
     batches = in_batches(samples_of(groups), budget)
     spare = Sample(Prompt([0]), torch.tensor([0]), torch.zeros(1), ended=True, advantages=torch.zeros(1))
-    batches += [[spare]] * (max(1, int(largest(len(batches)))) - len(batches))
+    batches += [[spare]] * (max(1, *of_all(len(batches))) - len(batches))
     return [micro_batch(samples, device) for samples in batches]
 
 

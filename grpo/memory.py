@@ -3,7 +3,9 @@ import torch
 import torch.distributed as dist
 
 from grpo.constants import require
-from grpo.distributed import largest
+from grpo.distributed import of_all
+
+memory_is_limited = torch.accelerator.is_available  # a CPU's is not: the system swaps, or kills without a word
 
 
 def fitting_tokens(policy, budget: int, prompt_tokens: int, completion_tokens: int, samples: int,
@@ -14,26 +16,19 @@ def fitting_tokens(policy, budget: int, prompt_tokens: int, completion_tokens: i
     before DeepSpeed has the model, so that a process without memory leaves no other waiting. SystemExit if a single
     row does not fit.
     """
-    if not memory_is_limited():
-        return budget
     asked, length = budget, prompt_tokens + completion_tokens
-    while True:
+    while memory_is_limited():
         count = min(max(1, -(-budget // length)), samples)
         row = length if count == 1 else min(length, budget // count)
-        if not largest(not fits(policy, count, row, min(prompt_tokens, row - 1), zero_stage)):
+        if all(of_all(fits(policy, count, row, min(prompt_tokens, row - 1), zero_stage))):
             break
         require(count > 1, f"a row of {length} tokens does not fit into memory: lower MAX_COMPLETION_TOKENS, or set "
                            "GRADIENT_CHECKPOINTING=True, a higher ZERO_STAGE, or LORA_RANK")
         budget = count * row // 2
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        torch.cuda.empty_cache()
     if budget < asked and dist.get_rank() == 0:
         print(f"MICRO_BATCH_TOKENS={budget}, because {asked} do not fit into memory", flush=True)
     return budget
-
-
-def memory_is_limited() -> bool:
-    return torch.accelerator.is_available()  # a CPU's is not: the system swaps, or kills without a word
 
 
 def fits(policy, count: int, length: int, prompt_length: int, zero_stage: int) -> bool:
@@ -42,21 +37,17 @@ def fits(policy, count: int, length: int, prompt_length: int, zero_stage: int) -
     That is 12 bytes of AdamW's states for each parameter, split over processes from ZeRO 1 on, and below ZeRO 2 whole
     gradients.
     """
-    model, hooks = policy.module.train().model, []
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    states = 12 * sum(parameter.numel() for parameter in trained) // (dist.get_world_size() if zero_stage else 1)
+    model = policy.module.train().model
+    trained = [one for one in model.parameters() if one.requires_grad]
+    states = 12 * sum(one.numel() for one in trained) // (dist.get_world_size() if zero_stage else 1)
+    gradients = sum(one.nbytes for one in trained) if zero_stage < 2 else 0
+    hooks = [one.register_post_accumulate_grad_hook(drop_gradient) for one in trained]
     tokens = torch.randint(model.config.get_text_config().vocab_size, (count * length,),
                            generator=torch.Generator().manual_seed(0))
     lens = torch.full((count,), prompt_length), torch.full((count,), length - prompt_length)
     try:
-        placeholder = torch.empty(states, dtype=torch.uint8, device=model.device)  # noqa: F841: only held
-        for parameter in trained:
-            if zero_stage < 2:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                hooks.append(parameter.register_post_accumulate_grad_hook(drop_gradient))
-        logps = policy.module(*(tensor.to(model.device) for tensor in (tokens, *lens)))
-        (0 * logps.sum()).backward()
+        placeholder = torch.empty(states + gradients, dtype=torch.uint8, device=model.device)  # noqa: F841: only held
+        policy.module(*(tensor.to(model.device) for tensor in (tokens, *lens))).sum().backward()
         return True
     except torch.OutOfMemoryError:
         return False
@@ -64,8 +55,6 @@ def fits(policy, count: int, length: int, prompt_length: int, zero_stage: int) -
         policy.module.eval()
         for hook in hooks:
             hook.remove()
-        for parameter in trained:
-            drop_gradient(parameter)
 
 
 def drop_gradient(parameter) -> None:

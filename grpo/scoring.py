@@ -2,23 +2,25 @@
 import asyncio
 import importlib
 import inspect
-import math
 import os
-import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
+from math import isfinite, isnan, nan
+from typing import NamedTuple
 
 from transformers import TrainerState
 
 from grpo.constants import require
+from grpo.distributed import explained
 from grpo.metrics import Metrics
 from grpo.types import Group, Prompt, samples_of, tokens_until
 
+# One for the whole run, because clients keep connections in it; not the thread's loop, which functions may be using
+loop = asyncio.Runner(loop_factory=asyncio.new_event_loop)
 
-@dataclass(eq=False)
-class Reward:
+
+class Reward(NamedTuple):
     """An entry of REWARDS."""
     function: Callable
     weight: float  # 0: the function is only logged
@@ -27,8 +29,8 @@ class Reward:
 
 def name_of(function) -> str:
     """A name for any callable: that of a partial is its function's, that of an object its class's."""
-    while isinstance(function, partial) and not hasattr(function, "__name__"):
-        function = function.func
+    if isinstance(function, partial) and not hasattr(function, "__name__"):
+        return name_of(function.func)
     return getattr(function, "__name__", type(function).__name__).strip("<>")
 
 
@@ -37,26 +39,25 @@ def load_rewards(rewards: list) -> list[Reward]:
 
     The command line writes a weight as "0.5*name". SystemExit names what is missing or doubled.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `module` may lie where the command was started
+    sys.path.append(os.getcwd())  # `module` may lie where the command was started
     found = []
     for entry in rewards:
         function, weight = entry if isinstance(entry, (tuple, list)) else (entry, 1.0)
         if isinstance(function, str):
-            factor, module, name = re.fullmatch(r"(?:([^*]*)\*)?(?:(.*):)?(.*)", function, re.DOTALL).groups()
+            factor, _, place = "".join(function.split()).rpartition("*")
+            module, _, name = place.rpartition(":")
             try:
                 weight = float(factor or weight)
-                function = getattr(importlib.import_module((module or "rewards").strip()), name.strip())
+                function = getattr(importlib.import_module(module or "rewards"), name)
             except Exception as error:  # importing a file of the user's may raise anything
                 raise SystemExit(f"no reward function {entry} ({type(error).__name__}: {error}): name one of "
                                  "rewards.py, or module:function") from None
+        name = name_of(function)
         require(callable(function), f"REWARDS holds {entry!r}, which is not a function")
-        require(math.isfinite(weight), f"REWARDS: the weight of {name_of(function)} is {weight}, not a finite number")
-        require(function not in [reward.function for reward in found], f"REWARDS holds {name_of(function)} twice")
-        names = {reward.name for reward in found}
-        name = plain = name_of(function)
-        while name in names:
-            name = f"{plain}_{len(names) + 1}"
+        require(isfinite(weight), f"REWARDS: the weight of {name} is {weight}, not a finite number")
+        require(function not in [one.function for one in found], f"REWARDS holds {name} twice")
+        while name in [one.name for one in found]:
+            name += f"_{len(found) + 1}"
         found.append(Reward(function, weight, name))
     require(found, "REWARDS is empty: name one reward function at least")
     return found
@@ -64,40 +65,36 @@ def load_rewards(rewards: list) -> list[Reward]:
 
 def arguments(prompts: list[Prompt], **ours) -> dict:
     """What reward functions are called with: the data set's columns, and TRL's own arguments, which go first."""
-    names = prompts[0].columns if prompts else []
-    columns = {name: [prompt.columns[name] for prompt in prompts] for name in names}
+    columns = {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns}
     return columns | {"prompts": [prompt.messages or prompt.text for prompt in prompts],
                       "prompt_texts": [prompt.text for prompt in prompts]} | ours
 
 
-def bound(function, given: dict) -> inspect.BoundArguments:
-    """`given` as the function's arguments: all, or those that it names if it does not take any keyword."""
+def bound(function, given: dict) -> Callable:
+    """The function with `given` as its arguments: all, or those that it names if it does not take any keyword."""
     signature = inspect.signature(function)
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+    if not any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values()):
         given = {name: value for name, value in given.items() if name in signature.parameters}
         if not given:
             raise TypeError("it takes neither completions nor columns. Does it make a reward function? Then call it in "
                             "a file of yours and name what it returns: REWARDS=mine:f")
-    return signature.bind(**given)
+    signature.bind(**given)
+    return partial(function, **given)
 
 
-def call(function, given: dict):
-    taken = bound(function, given)
-    return function(*taken.args, **taken.kwargs)
+def call(functions: list[Callable], given: dict) -> list:
+    """What the functions return, `async` ones awaited all at once; an error that one raises is its result."""
+    results = []
+    for function in functions:
+        try:
+            results.append(bound(function, given)())
+        except Exception as error:
+            results.append(error)
 
-
-@lru_cache
-def event_loop() -> asyncio.AbstractEventLoop:
-    """One for the whole run, because clients keep connections in it; not the thread's, which functions may be using."""
-    return asyncio.new_event_loop()
-
-
-def settled(results: list) -> list:
-    """The results, those of `async` functions awaited all at once; an error that one raises is its result."""
-    async def wait():
-        return await asyncio.gather(*filter(inspect.isawaitable, results), return_exceptions=True)
-    answers = iter(event_loop().run_until_complete(wait()) if any(map(inspect.isawaitable, results)) else [])
-    return [next(answers) if inspect.isawaitable(result) else result for result in results]
+    async def settle():
+        waiting = [one if inspect.isawaitable(one) else asyncio.sleep(0, one) for one in results]
+        return await asyncio.gather(*waiting, return_exceptions=True)
+    return loop.run(settle())
 
 
 def check_rewards(rewards: list[Reward], *data_sets: list[Prompt]) -> None:
@@ -136,18 +133,18 @@ def score(groups: list[Group], rewards: list[Reward], tokenizer, metrics: Metric
             sample.extra[column] = value
 
     values, steps = compute_rewards(rewards, arguments(
-        [sample.prompt for sample in samples],
+        [one.prompt for one in samples],
         completions=[[{"role": "assistant", "content": one.text}] if one.prompt.messages else one.text
                      for one in samples],
-        completion_ids=[sample.tokens.tolist() for sample in samples],
+        completion_ids=[one.tokens.tolist() for one in samples],
         trainer_state=TrainerState(global_step=metrics.step - 1, max_steps=metrics.steps),  # updates so far
         log_extra=log_extra, log_metric=metrics.log))
     for sample, numbers, written in zip(samples, zip(*values), zip(*steps)):
         sample.rewards = list(numbers)
         parts = [(reward.weight * number, some) for reward, number, some in zip(rewards, numbers, written)
-                 if reward.weight and not math.isnan(number)]
-        sample.reward = sum(part for part, _ in parts) if parts else math.nan
-        sample.outcome = sum(part for part, some in parts if not some) if parts else math.nan  # section 4.1.2: r
+                 if reward.weight and not isnan(number)]
+        sample.reward = sum(part for part, _ in parts) if parts else nan
+        sample.outcome = sum(part for part, some in parts if not some) if parts else nan  # section 4.1.2: r
         # section 4.1.3: r^index(j)
         sample.steps = [[(tokens_until(tokenizer, sample.tokens, end), value) for end, value in some if reward.weight]
                         for reward, some in zip(rewards, written)]
@@ -158,45 +155,35 @@ def compute_rewards(rewards: list[Reward], given: dict) -> tuple[list, list]:
 
     ValueError names the function and the completion that it raises at, SystemExit what else it returned.
     """
-    results, values, steps = [], [], []
-    for reward in rewards:
-        try:
-            results.append(call(reward.function, given))
-        except Exception as error:
-            results.append(error)
+    values, steps = [], []
     texts = [one if isinstance(one, str) else one[-1]["content"] for one in given["completions"]]
-    for reward, result in zip(rewards, settled(results)):
+    for reward, result in zip(rewards, call([one.function for one in rewards], given)):
+        said = f"reward {reward.name} returned"
         if isinstance(result, Exception):
             completion = culprit(reward.function, given)
             raise ValueError(f"reward {reward.name} raised {result!r} at the completion {completion!r}") from result
-        try:
+        with explained(f"{said} {result!r:.80}, expected a list of numbers and None", (TypeError, ValueError)):
             result = list(result)
             values.append(list(map(as_number, result)))
-        except (TypeError, ValueError):
-            raise SystemExit(f"reward {reward.name} returned {result!r:.80}, "
-                             "expected a list of numbers and None") from None
-        if len(result) != len(texts):
-            raise SystemExit(f"reward {reward.name} returned {len(result)} values for {len(texts)} completions")
+        require(len(result) == len(texts), f"{said} {len(result)} values for {len(texts)} completions")
         steps.append([value if isinstance(value, list) else [] for value in result])
-        for value, some, text in zip(result, steps[-1], texts):
-            outside = any(not 0 < end <= len(text) for end, _ in some)
-            if outside or value is not None and not math.isfinite(as_number(value)):
-                raise SystemExit(f"reward {reward.name} returned {value} for {text!r}")
+        for value, number, some, text in zip(result, values[-1], steps[-1], texts):
+            inside = all(0 < end <= len(text) for end, _ in some)
+            if not inside or value is not None and not isfinite(number):
+                raise SystemExit(f"{said} {value} for {text!r}")
     return values, steps
 
 
 def as_number(value) -> float:
     if isinstance(value, list):
         return float(sum(reward for _, reward in value))
-    return math.nan if value is None else float(value)
+    return nan if value is None else float(value)
 
 
 def culprit(function, given: dict):
     """The first completion that `function` raises at by itself, or a note that none does."""
     for i, completion in enumerate(given["completions"]):
         row = {name: values[i : i + 1] if isinstance(values, list) else values for name, values in given.items()}
-        try:
-            list(map(as_number, settled([call(function, row | {"log_extra": lambda *_: None})])[0]))
-        except Exception:
+        if isinstance(call([function], row | {"log_extra": lambda *_: None})[0], Exception):
             return completion
     return "no single completion"

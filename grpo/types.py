@@ -34,9 +34,6 @@ class Sample:
     weight: float = 0.0  # of each token in the loss
     ref_logps: Future | None = None  # of (T,) float32, from the reference server
 
-    def __len__(self) -> int:
-        return len(self.prompt.ids) + len(self.tokens)
-
 
 @dataclass(eq=False)
 class Group:
@@ -90,7 +87,8 @@ def split(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def in_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
-    return [[samples[index] for index in batch] for batch in split([len(sample) for sample in samples], budget)]
+    lengths = [len(sample.prompt.ids) + len(sample.tokens) for sample in samples]
+    return [[samples[index] for index in batch] for batch in split(lengths, budget)]
 
 
 def micro_batch(samples: list[Sample], device) -> MicroBatch:
@@ -101,6 +99,5 @@ def micro_batch(samples: list[Sample], device) -> MicroBatch:
 
 def tokens_until(tokenizer, tokens, characters: int) -> int:
     """How many of the tokens it takes to write so many characters."""
-    def written(count):
-        return len(tokenizer.decode(tokens[:count]))
-    return bisect_left(range(len(tokens)), characters, key=written)  # section 4.1.3: index(j)
+    return bisect_left(range(len(tokens)), characters,  # section 4.1.3: index(j)
+                       key=lambda count: len(tokenizer.decode(tokens[:count])))
