@@ -230,9 +230,9 @@ class Tags(HTMLParser):
 def test_what_a_model_writes_stays_text():
     hostile = ["<script>alert(1)</script>", "</pre></td><img src=x onerror=alert(1)>", "\ud800 \u202e \x00 &lt; {note}",
                "'\"><svg/onload=alert(1)>", "</style><b>"]
-    found = [{n: [answer(n == 1, completion=text, prompt=text, columns={text: text}, rewards={text: None})] * 3
-              for n, text in enumerate(hostile)} for _ in range(2)]
-    page = evaluation.page([hostile[0], hostile[1]], found, hostile[2])
+    models = [[[answer(n == 1, model=name, problem=n, completion=text, prompt=text, columns={text: text},
+                       rewards={text: None})] * 3 for n, text in enumerate(hostile)] for name in hostile[:2]]
+    page = evaluation.page(models, hostile[2])
     seen = Tags(page)
     assert seen.tags <= set("html meta title style h1 h2 pre p table tr th td small details summary".split())
     assert not {"onerror", "onload", "src"} & seen.attributes
