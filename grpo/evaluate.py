@@ -94,7 +94,7 @@ def main() -> None:
     checkpoint.replace(folder / "evaluation.json", json.dumps(results, indent=1))
     checkpoint.replace(folder / "evaluation.jsonl", "".join(lines))
     checkpoint.replace(folder / "evaluation.html", page(models, table))
-    print(f"\n{table}\nproblem by problem: {folder}/evaluation.html; every completion: {folder}/evaluation.jsonl")
+    print(f"\n{table}\nproblem by problem: {folder}/evaluation.html; every completion: evaluation.jsonl there")
 
 
 def complete_all(name: str, rewards: list[Reward]) -> dict[int, list[dict]]:
@@ -111,7 +111,7 @@ def complete_all(name: str, rewards: list[Reward]) -> dict[int, list[dict]]:
     size = -(-len(prompts) // world) if SAMPLER == "vllm" else max(1, MAX_SEQUENCES // EVAL_SAMPLES)
     blocks = [prompts[start : start + size] for start in range(0, len(prompts), size)][rank::world]
     found, everybody = {prompt.number: [] for block in blocks for prompt in block}, [None] * world
-    for block in tqdm(blocks, name, unit="block", disable=None if rank == 0 else True):
+    for block in tqdm(blocks, name, unit="block", disable=rank > 0 or None):
         seeds = [SEED << 32 | prompt.number for prompt in block]
         greedy = rollouts(block, 1, 0.0)
         sampled = rollouts(block, EVAL_SAMPLES, TEMPERATURE, seeds, MIN_COMPLETION_TOKENS)
@@ -125,15 +125,22 @@ def complete_all(name: str, rewards: list[Reward]) -> dict[int, list[dict]]:
 
 
 def row(model: str, number: int, sample: Sample, rewards: list[Reward]) -> dict:
-    """A row of evaluation.jsonl. A completion has the right form if the first reward with "format" in its name is above
-    0."""
+    """A row of evaluation.jsonl. The form is right if the first reward with "format" in its name is above 0."""
     values = {reward.name: value for reward, value in zip(rewards, sample.rewards)}
-    return {"model": model, "problem": sample.prompt.number, "sample": number, "prompt": sample.prompt.text,
-            "columns": sample.prompt.columns, "completion": sample.text, "accuracy": sample.rewards[0] > 0,
-            "reward": 0.0 if isnan(sample.reward) else sample.reward, "tokens": len(sample.tokens),
-            "cut_off": not sample.ended,
-            **{"format": value > 0 for name, value in reversed(values.items()) if "format" in name},
-            "rewards": {name: None if isnan(value) else value for name, value in values.items()}}
+    return {
+        "model": model,
+        "problem": sample.prompt.number,
+        "sample": number,
+        "prompt": sample.prompt.text,
+        "columns": sample.prompt.columns,
+        "completion": sample.text,
+        "accuracy": sample.rewards[0] > 0,
+        "reward": 0.0 if isnan(sample.reward) else sample.reward,
+        "tokens": len(sample.tokens),
+        "cut_off": not sample.ended,
+        **{"format": value > 0 for name, value in reversed(values.items()) if "format" in name},
+        "rewards": {name: None if isnan(value) else value for name, value in values.items()},
+    }
 
 
 def pass_at(k: int, samples: int, right: int) -> float:
@@ -164,16 +171,15 @@ def interval(values: list[float], kind: str) -> dict[str, float]:
     return {"value": fmean(values), "low": max(least, middle - error), "high": min(most, middle + error)}
 
 
-def intervals(problems: list[dict[str, float]], kind: str) -> dict[str, dict[str, float]]:
+def intervals(problems: list[dict], kind: str) -> dict[str, dict]:
     """Those of all numbers of the problems; `kind` is that of the rates."""
-    return {name: interval([problem[name] for problem in problems],
-                           "mean" if name.endswith(("/reward", "/tokens")) else kind)
-            for name in problems[0]}
+    kinds = {name: "mean" if name.endswith(("/reward", "/tokens")) else kind for name in problems[0]}
+    return {name: interval([problem[name] for problem in problems], kinds[name]) for name in kinds}
 
 
-def summary(names: list[str], models: list[list[list[dict]]]) -> dict:
-    """All intervals of the models, for each of which there are the answers to each problem, and of the second's
-    difference to the first, problem by problem."""
+def summary(names: list[str], models: list) -> dict:
+    """All intervals of the models, given as a list of answers for each problem, and of the second's difference to the
+    first, problem by problem."""
     worths = [[worth(answers) for answers in problems] for problems in models]
     found = {"models": [{"model": name} | intervals(problems, "rate") for name, problems in zip(names, worths)]}
     if len(models) == 2:
@@ -184,7 +190,7 @@ def summary(names: list[str], models: list[list[list[dict]]]) -> dict:
 
 # ------------------------------------------------------------------------------------------------- side by side
 
-def page(models: list[list[list[dict]]], table: str) -> str:
+def page(models: list, table: str) -> str:
     """evaluation.html: the models' completions next to each other, first where the models differ in what is right, then
     what is wrong. Everything that a model or a data set wrote is escaped, and the page may neither run nor load."""
     def order(problem):

@@ -4,7 +4,6 @@
     python -m grpo.report runs/arithmetic runs/other # another run's curves for comparison
 """
 import json
-import os
 import re
 import sys
 from itertools import product
@@ -56,11 +55,9 @@ class Log:
                 "step": row["step"], "prompt": group.prompt.text, "completion": sample.text,
                 "advantage": sample.advantages.mean().item(), **sample.extra,
                 **{reward.name: value for reward, value in zip(rewards, sample.rewards)}})
-        shown = {"reward": row["reward"], "accuracy": row["accuracy"], "tokens": row["completion_tokens_mean"],
-                 "KL": row["kl"]}
-        if row["skipped_updates"]:
-            shown["UPDATE SKIPPED"] = "not finite"
-        self.progress.set_postfix(shown, refresh=False)
+        shown = "reward {reward:.2f}, accuracy {accuracy:.0%}, {completion_tokens_mean:.0f} tokens, KL {kl:.1e}"
+        skipped = ", UPDATE SKIPPED: not finite" if row["skipped_updates"] else ""
+        self.progress.set_postfix_str(shown.format_map(row) + skipped, refresh=False)
         self.progress.update()
 
     def close(self) -> None:
@@ -81,13 +78,12 @@ def trackers(names: list[str], folder: str) -> dict:
 def append(path: str, row: dict) -> None:
     """Adds a line to a .jsonl file; a value that is not a number becomes null."""
     numbers = {key: None if value in (inf, -inf) or value != value else value for key, value in row.items()}
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a") as file:
         file.write(json.dumps(numbers, default=str) + "\n")
 
 
 def read(folder: str) -> list[dict]:
-    with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
 def series(history: list[dict], name: str) -> list[tuple[int, float]]:
@@ -106,7 +102,7 @@ def show(folder: str, *others: str) -> None:
     print(f"\n{'':28}{'before':>10}{'after':>10}")
     for title, first, last in before_and_after(history):
         print(f"{title:28}{first:10.3f}{last:10.3f}")
-    seconds = sum(second for _, second in series(history, "seconds"))
+    seconds = sum(metrics.get("seconds", 0) for metrics in history)
     print(f"\n{history[-1]['step']} steps in {seconds:.0f} s; the curves are in {folder}/reward.png, "
           f"the page by python -m http.server -d {folder}")
     draw({"": history} | {f", {run}": read(run) for run in others}, f"{folder}/reward.png")
@@ -120,8 +116,8 @@ def draw(runs: dict[str, list[dict]], path) -> None:
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items()):
         for (run, history), name in product(runs.items(), names):
             if points := series(history, name):
-                marker = "o" if name.startswith("eval") else None
-                axes.plot(*zip(*points), "--" if run else "-", label=name + run, marker=marker)
+                style = ("o" if name.startswith("eval") else "") + ("--" if run else "-")
+                axes.plot(*zip(*points), style, label=name + run)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
@@ -149,7 +145,7 @@ def card(run: Path, folder: Path) -> None:
 
 
 def on_hub(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.endswith(".jsonl") and not os.path.exists(name)
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.endswith(".jsonl") and not Path(name).exists()
 
 
 def plain(value) -> str:
