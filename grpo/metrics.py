@@ -19,15 +19,20 @@ class Metrics:
 
     def __init__(self, step=1, steps=0):
         self.step, self.steps = step, steps  # of the training
-        self.totals, self.counts, self.logged = {}, {}, defaultdict(list)
+        self.totals, self.counts, self.logged = Counter(), Counter(), defaultdict(list)
         self.seconds = Counter(seconds_sample=0, seconds_reward=0, seconds_ref_wait=0, seconds_train=0)
         self.start = self.now = time.perf_counter()
 
     def add(self, name: str, total, count=None) -> None:
         """`reduced` gives the mean, all totals over all counts; without a count it gives the sum of the totals."""
-        self.totals[name] = self.totals.get(name, 0) + torch.as_tensor(total, dtype=torch.float64).detach()
+        self.totals[name] += torch.as_tensor(total, dtype=torch.float64).detach()
         if count is not None:
-            self.counts[name] = self.counts.get(name, 0) + torch.as_tensor(count, dtype=torch.float64)
+            self.counts[name] += count
+
+    def add_values(self, name: str, values: list[float]) -> None:
+        """`reduced` gives the mean of all that are not NaN."""
+        known = [value for value in values if not isnan(value)]
+        self.add(name, sum(known), len(known))
 
     def add_tokens(self, values: dict[str, torch.Tensor], which: torch.Tensor) -> None:
         """Means of values (C,), a number a token, over the tokens for which `which` (C,) is true."""
@@ -67,25 +72,20 @@ def peak_memory_mb() -> float:
 def add_rewards(metrics: Metrics, groups: list[Group], rewards: list) -> None:
     """What the groups' samples are worth. Means are over the samples to which a reward function applies."""
     samples = samples_of(groups)
-    count = len(samples)
-    add_mean(metrics, "reward", [one.reward for one in samples])
-    add_mean(metrics, "accuracy", [one.rewards[0] if isnan(one.rewards[0]) else one.rewards[0] > 0 for one in samples])
-    metrics.add("unjudged_frac", sum(isnan(one.reward) for one in samples), count)
-    metrics.add("completion_tokens_mean", sum(len(one.tokens) for one in samples), count)
-    metrics.add("truncated_frac", sum(not one.ended for one in samples), count)
-    for place, reward in enumerate(rewards):
-        add_mean(metrics, f"reward/{reward.name}", [one.rewards[place] for one in samples])
-
-
-def add_mean(metrics: Metrics, name: str, values: list[float]) -> None:
-    known = [value for value in values if not isnan(value)]
-    metrics.add(name, sum(known), len(known))
+    by_function = [[sample.rewards[place] for sample in samples] for place in range(len(rewards))]
+    metrics.add_values("reward", [sample.reward for sample in samples])
+    metrics.add_values("accuracy", [first if isnan(first) else first > 0 for first in by_function[0]])
+    metrics.add_values("unjudged_frac", [isnan(sample.reward) for sample in samples])
+    metrics.add_values("completion_tokens_mean", [len(sample.tokens) for sample in samples])
+    metrics.add_values("truncated_frac", [not sample.ended for sample in samples])
+    for reward, values in zip(rewards, by_function):
+        metrics.add_values(f"reward/{reward.name}", values)
 
 
 def add_groups(metrics: Metrics, groups: list[Group], rewards: list) -> None:
     """`add_rewards`, and what only groups of several samples have."""
     add_rewards(metrics, groups, rewards)
-    metrics.add("completion_tokens_total", sum(len(one.tokens) for one in samples_of(groups)))
-    judged = [[one.reward for one in group.samples if not isnan(one.reward)] for group in groups]
-    add_mean(metrics, "reward_std", [stdev(values) for values in judged if len(values) > 1])
+    metrics.add("completion_tokens_total", sum(len(sample.tokens) for sample in samples_of(groups)))
+    judged = [[sample.reward for sample in group.samples if not isnan(sample.reward)] for group in groups]
+    metrics.add_values("reward_std", [stdev(values) for values in judged if len(values) > 1])
     metrics.add("advantage_zero_groups", sum(not group.has_signal() for group in groups))

@@ -4,14 +4,14 @@
     python -m grpo.report runs/arithmetic runs/other # another run's curves for comparison
 """
 import json
-import os
 import re
 import sys
+from itertools import product
 from math import inf
 from pathlib import Path
 
 import torch.distributed as dist
-from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 from tqdm import tqdm
 
 from grpo.constants import require
@@ -46,16 +46,19 @@ class Log:
         """A row of metrics.jsonl, the same for the trackers, and a group's completions."""
         if self.silent:
             return
-        write(self.folder, "metrics", [row])
+        append(f"{self.folder}/metrics.jsonl", row)
         self.monitor.write_events([(name, value, row["step"]) for name, value in row.items() if name != "step"])
-        if group:
-            write(self.folder, "completions", [
-                {"step": row["step"], "prompt": group.prompt.text, "completion": one.text,
-                 "advantage": one.advantages.mean().item(), **one.extra,
-                 **{reward.name: value for reward, value in zip(rewards, one.rewards)}}
-                for one in group.samples])
-            self.progress.set_postfix_str(one_line(row), refresh=False)
-            self.progress.update()
+        if not group:
+            return
+        for sample in group.samples:
+            append(f"{self.folder}/completions.jsonl", {
+                "step": row["step"], "prompt": group.prompt.text, "completion": sample.text,
+                "advantage": sample.advantages.mean().item(), **sample.extra,
+                **{reward.name: value for reward, value in zip(rewards, sample.rewards)}})
+        shown = "reward {reward:.2f}, accuracy {accuracy:.0%}, {completion_tokens_mean:.0f} tokens, KL {kl:.1e}"
+        skipped = ", UPDATE SKIPPED: not finite" if row["skipped_updates"] else ""
+        self.progress.set_postfix_str(shown.format_map(row) + skipped, refresh=False)
+        self.progress.update()
 
     def close(self) -> None:
         self.progress.close()
@@ -65,32 +68,22 @@ class Log:
 
 def trackers(names: list[str], folder: str) -> dict:
     """DeepSpeed's settings for TRACKERS. SystemExit at an unknown one."""
-    known = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
-    require(known.keys() >= set(names), f"TRACKERS={','.join(names)}: expected csv, tensorboard, wandb")
-    place = {"output_path": folder}
-    settings = {"tensorboard": place | {"job_name": "tensorboard"}, "csv": place | {"job_name": "csv"},
-                "wandb": {"project": "grpo", "group": folder}}
-    return {known[name]: {"enabled": name in names, **settings[name]} for name in known}
+    known = {"csv": {"output_path": folder, "job_name": "csv"},
+             "tensorboard": {"output_path": folder, "job_name": "tensorboard"},
+             "wandb": {"project": "grpo", "group": folder}}
+    require(known.keys() >= set(names), f"TRACKERS={','.join(names)}: expected {', '.join(known)}")
+    return {name.replace("csv", "csv_monitor"): {"enabled": True} | known[name] for name in names}
 
 
-def write(folder: str, name: str, rows: list[dict]) -> None:
-    """Appends rows to `folder`/`name`.jsonl; a value that is not a number becomes null."""
-    os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}/{name}.jsonl", "a", encoding="utf-8") as file:
-        for row in rows:
-            numbers = {key: None if value in (inf, -inf) or value != value else value for key, value in row.items()}
-            file.write(json.dumps(numbers, default=str) + "\n")
-
-
-def one_line(metrics: dict) -> str:
-    skipped = ", UPDATE SKIPPED: not finite" if metrics["skipped_updates"] else ""
-    return (f"reward {metrics['reward']:.2f}, accuracy {metrics['accuracy']:.0%}, "
-            f"{metrics['completion_tokens_mean']:.0f} tokens, KL {metrics['kl']:.1e}{skipped}")
+def append(path: str, row: dict) -> None:
+    """Adds a line to a .jsonl file; a value that is not a number becomes null."""
+    numbers = {key: None if value in (inf, -inf) or value != value else value for key, value in row.items()}
+    with open(path, "a") as file:
+        file.write(json.dumps(numbers, default=str) + "\n")
 
 
 def read(folder: str) -> list[dict]:
-    with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
 def series(history: list[dict], name: str) -> list[tuple[int, float]]:
@@ -105,41 +98,38 @@ def before_and_after(history: list[dict]) -> list[tuple[str, float, float]]:
 
 def show(folder: str, *others: str) -> None:
     """Prints the table of `folder`/metrics.jsonl and draws `folder`/reward.png, other runs' curves dashed behind."""
-    runs = {run: read(run) for run in (folder, *others)}
-    history = runs[folder]
+    history = read(folder)
     print(f"\n{'':28}{'before':>10}{'after':>10}")
     for title, first, last in before_and_after(history):
         print(f"{title:28}{first:10.3f}{last:10.3f}")
-    seconds = sum(second for _, second in series(history, "seconds"))
+    seconds = sum(metrics.get("seconds", 0) for metrics in history)
     print(f"\n{history[-1]['step']} steps in {seconds:.0f} s; the curves are in {folder}/reward.png, "
           f"the page by python -m http.server -d {folder}")
-    draw(runs, f"{folder}/reward.png")
+    draw({"": history} | {f", {run}": read(run) for run in others}, f"{folder}/reward.png")
 
 
 def draw(runs: dict[str, list[dict]], path) -> None:
-    """The curves of the first run, and dashed those of the others."""
+    """The curves of runs by what the legend calls them; those of a run that it calls nothing are not dashed."""
     from matplotlib.figure import Figure  # here, because it takes half a second of every process's start
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items()):
-        for number, (run, run_history) in enumerate(runs.items()):
-            for name in names:
-                if points := series(run_history, name):
-                    label, style = (f"{name}, {run}", "--") if number else (name, "-")
-                    axes.plot(*zip(*points), style, label=label, marker="o" if name.startswith("eval") else None)
+        for (run, history), name in product(runs.items(), names):
+            if points := series(history, name):
+                style = ("o" if name.startswith("eval") else "") + ("--" if run else "-")
+                axes.plot(*zip(*points), style, label=name + run)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
             axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110, format="png")
+    figure.savefig(path, dpi=110)
 
 
-def template(name: str) -> Template:
-    """A file of this folder as a template of jinja2; what is put into HTML is escaped."""
+def filled(template: str, **values) -> str:
+    """A template of this folder with the values put in; into HTML they are put as text."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(),
                               trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters["plain"] = plain
-    return environment.get_template(name)
+    return environment.get_template(template).render(values)
 
 
 def card(run: Path, folder: Path) -> None:
@@ -148,21 +138,14 @@ def card(run: Path, folder: Path) -> None:
     It holds nothing that differs between two runs of the same constants: no times, no memory.
     """
     constants, history = json.loads((run / "run.json").read_text()), read(run)
-    start, data = constants["MODEL"], constants["DATASET"].split(":")[0]
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation",
-             "tags": ["grpo", "reinforcement-learning"]}
-    front |= {"base_model": start} if on_hub(start) else {}
-    front |= {"datasets": [data]} if on_hub(data) else {}
-    messages = [{"role": "system", "content": constants["SYSTEM_PROMPT"]},
-                {"role": "user", "content": "What is 2 + 3?"}]
-    (folder / "README.md").write_text(template("model_card.md").render(
-        front=front, name=os.path.basename(start.rstrip("/")), steps=history[-1]["step"], constants=constants,
-        rows=before_and_after(history), messages=messages), encoding="utf-8")
+    text = filled("model_card.md", constants=constants, steps=history[-1]["step"], rows=before_and_after(history),
+                  plain=plain, on_hub=on_hub)
+    (folder / "README.md").write_text(text, encoding="utf-8")
     draw({"": history}, folder / "reward.png")
 
 
 def on_hub(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.endswith(".jsonl") and not os.path.exists(name)
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.endswith(".jsonl") and not Path(name).exists()
 
 
 def plain(value) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import rows
 
-from grpo import checkpoint
+from grpo import checkpoint, report
 from grpo import evaluate as evaluation
 
 ALONE = [sys.executable, "-m", "grpo.evaluate"]
@@ -55,17 +55,16 @@ def test_what_is_not_judged_counts_neither_as_right_nor_as_wrong():
     assert worth["sampled/accuracy"] == worth["sampled/pass@1"] == 0.5 and worth["sampled/reward"] == 1
     assert worth["sampled/pass@2"] == 1 and numpy.isnan([worth["sampled/pass@4"], worth["greedy/accuracy"]]).all()
     assert worth["sampled/tokens"] == 5.5
-    nothing = evaluation.worth([unjudged()] * 5)
-    others = [evaluation.worth([answer(True)] * 5), evaluation.worth([answer(False)] * 5)]
-    alone, with_nothing = (evaluation.summary([some])[0] for some in (others, [*others, nothing]))
+    nothing, others = [unjudged()] * 5, [[answer(True)] * 5, [answer(False)] * 5]
+    alone, with_nothing = (evaluation.summary(["one", "other"], [some] * 2) for some in (others, [nothing, *others]))
     for name in "greedy/accuracy", "sampled/accuracy", "sampled/pass@2", "sampled/reward":
-        assert with_nothing[name] == alone[name]
-    results = evaluation.summary([[nothing, *others]] * 2)
-    assert results[2]["greedy/accuracy"] == evaluation.summary([others] * 2)[2]["greedy/accuracy"]
+        assert with_nothing["models"][0][name] == alone["models"][0][name]
+        assert with_nothing["difference"][name] == alone["difference"][name]
     about = {"problems": 3, "EVAL_SAMPLES": 4, "TEMPERATURE": 1.0, "REWARDS": {"mine": 1.0}}
-    assert "did not judge" not in evaluation.table(["one", "other"], results, about)
-    text = evaluation.table(["one", "other"], evaluation.summary([[nothing] * 3] * 2), about | {"unjudged": 30})
-    assert "30 completions that mine did not judge are left out of the accuracy" in text
+    assert "judge" not in report.filled("evaluation.txt", **about, **alone)
+    without = evaluation.summary(["one", "other"], [[nothing] * 3] * 2)
+    text = report.filled("evaluation.txt", **about, **without, unjudged=30)
+    assert "\n30 completions that mine did not judge are left out of the accuracy\n" in text
     assert text.count("not judged") == 6 * 3
 
 
@@ -253,9 +252,9 @@ class Tags(HTMLParser):
 def test_what_a_model_writes_stays_text():
     hostile = ["<script>alert(1)</script>", "</pre></td><img src=x onerror=alert(1)>", "\ud800 \u202e \x00 &lt; {note}",
                "'\"><svg/onload=alert(1)>", "</style><b>"]
-    found = [{n: [answer(n == 1, completion=text, prompt=text, columns={text: text}, rewards={text: None})] * 3
-              for n, text in enumerate(hostile)} for _ in range(2)]
-    page = evaluation.page([hostile[0], hostile[1]], found, hostile[2])
+    models = [[[answer(n == 1, model=name, problem=n, completion=text, prompt=text, columns={text: text},
+                       rewards={text: None})] * 3 for n, text in enumerate(hostile)] for name in hostile[:2]]
+    page = evaluation.page(models, hostile[2])
     seen = Tags(page)
     assert seen.tags <= set("html meta title style h1 h2 pre p table tr th td small details summary".split())
     assert not {"onerror", "onload", "src"} & seen.attributes
