@@ -118,7 +118,7 @@ def accuracy_reward(completions, solution, **columns) -> list[float | None]:
     None where the solution is not mathematics: Open R1 rewarded that once. It also swaps math-verify's two arguments,
     which changes the verdict on equations and inequalities.
     """
-    golds = [last_latex(str(gold)) or gold_answer(gold) for gold in solution]
+    golds = [gold_answer(gold) for gold in solution]
     values = []
     for text, gold in zip(texts(completions), golds, strict=True):
         right = is_mathematics(gold) and is_equal(gold, last_latex(text))

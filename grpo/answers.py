@@ -17,63 +17,111 @@ DEEPEST = 20  # brackets within brackets
 
 SPELLINGS = {  # what is written in the end: LaTeX commands (without the backslash) and characters that mean it
     "": "left right displaystyle limits big Big bigl bigr Bigl Bigr ! ( ) [ ] # \u200b \u200e",
-    " ": ", ; : quad qquad \u00a0 \u202f",
-    "-": "− – —", "*": "times cdot ast × ⋅ ·", "/": "÷ ⁄", ".": "。", ",": "，", "'": "‘ ’ “ ”",
-    "{": "lbrace", "}": "rbrace", "(": "langle ⟨", ")": "rangle ⟩", "<": "lt", ">": "gt",
+    " ": ", ; : quad qquad \u00a0 \u202f", r"\\ ": "\\",
+    "-": "− – —", "*": "times cdot ast × ⋅ ·", "/": "÷ ⁄", ".": "。", ",": "、", "'": "‘ ’ “ ”",
+    "{": "lbrace", "}": "rbrace", "(": "langle ⟨ 【", ")": "rangle ⟩ 】", "<": "lt", ">": "gt", "|": "mid vert lvert rvert",
     r"\frac": "dfrac tfrac cfrac", r"\sqrt ": "√", r"\pi ": "π", r"\theta ": "θ", r"\infty ": "∞", r"\pm ": "±",
-    r"\cup ": "bigcup ∪", r"\in ": "∈", r"\emptyset ": "varnothing ∅", r"\ne ": "neq ≠",
-    r"\le ": "leq leqslant ≤ ⩽", r"\ge ": "geq geqslant ≥ ⩾",
+    r"\cup ": "bigcup ∪", r"\in ": "∈", r"\emptyset ": "varnothing ∅", r"\ne ": "neq ≠", r"\approx ": "≈ thickapprox",
+    r"\le ": "leq leqslant ≤ ⩽ ≦", r"\ge ": "geq geqslant ≥ ⩾ ≧", r"\setminus ": "backslash ∖", r"\angle ": "∠",
+    r"\ldots ": "dots cdots …",
     " degree ": "circ degree °", " dollar ": "$", " euro ": "€", " pound ": "£", " yen ": "¥", " cent ": "¢",
     " 1/2": "½", " 1/4": "¼", " 3/4": "¾", " 1/3": "⅓", " 2/3": "⅔", r"(-\infty,\infty)": "ℝ",
 }
 SPELLING = {written: spelling for spelling, all_written in SPELLINGS.items() for written in all_written.split(" ")}
+SPELLING |= {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F) if not chr(code).isdigit()}  # "：" -> ":"
 SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
+CHINESE = "[\u4e00-\u9fff]"
+CHINESE_UNITS = dict(pair.split() for pair in (
+    "平方 square,立方 cubic,千米 km,公里 km,厘米 cm,毫米 mm,米 m,千克 kg,公斤 kg,克 g,吨 ton,毫升 ml,升 l,小时 hour,"
+    "分钟 minute,秒 second,天 day,周 week,个月 month,年 year,度 degree,美元 dollar,欧元 euro,元 yuan,万 *10000,亿 *10^8").split(","))
+
+CHINESE_HEDGES = "[约不或未非第乘除加减倍]|左右|至少|至多|最多|可能|大概|以上|以下"
+GUESS = re.compile(r"(?i)\b(?:maybe|perhaps|possibl[ey]|probably|approx\w*|but|could|might)\b")
+ORDINALS = dict(first="I", second="II", third="III", fourth="IV")
 
 
 def matrix(match) -> str:
-    """A LaTeX matrix as rows in brackets, a single column as one vector."""
+    """A LaTeX matrix as rows in brackets, a single column as one vector; as it is in a sum or product."""
+    if re.search(r"[-+*\d]\s*$", match.string[: match.start()]) or re.match(r"\s*(?:[-+*^]|\\cdot|\\times)", match.string[match.end():]):
+        return match[0]
     rows = [row.split("&") for row in re.split(r"\\\\(?:\[\w+\])?", match[1]) if row.strip()]
     return "(" + ",".join(row[0] if max(map(len, rows)) == 1 else f"({','.join(row)})" for row in rows) + ")"
 
 
+def thousands(match) -> str:
+    """Without thousands commas: "2,304" -> "2304", but "(100,200)" is a list, "(1,000, 200)" and "(1,000)" none."""
+    before, text = match.string[: match.start()], match.string
+    in_list = before.count("(") + before.count("[") + before.count("{") > sum(map(before.count, ")]}"))
+    return match[0] if in_list and ", " not in text and ",0" not in match[0] else match[0].replace(",", "")
+
+
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    # ---- several lines, markup
+    (r"(?is)^(?:(?!answer).)*\n(?:(?!answer).)*\banswer(?: is)?\W*[:=]", ""),  # "Step 1: Add\nFinal answer: 5" -> "5"
+    (r"<(b|i|u|em|strong)>([^<>]*)</\1>", r"\2"),  # "<b>5</b>" -> "5"
+    # ---- LaTeX
     (r"\\begin\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?((?:.|\n)*?)\\end\{(?:[pbB]?matrix|array)\}", matrix),
-    (r"(?<=[\w)}\]])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^{" + match[0].translate(SMALL) + "}"),
-    (r"(?<=[\w)}\]])[₀-₉]+", lambda match: "_" + match[0].translate(SMALL)),
-    (r"\\mathbb ?\{?R\}?|\ball real numbers\b", r"(-\\infty,\\infty)"),
-    (r"\\(?:text\w*|math\w+|mbox|operatorname|emph|vec|hat|f?box(?:ed)?)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\f?box(?:ed)?\s*\{(.*)\}", r"\1"),
-    (r"\\([A-Za-z]+|[^A-Za-z])|[^\x00-\x7f]",
+    (r"(?<=[\w)}\]])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^{" + match[0].translate(SMALL) + "}"),  # "x²" -> "x^{2}"
+    (r"(?<=[\w)}\]])[₀-₉]+", lambda match: "_" + match[0].translate(SMALL)),  # "x₁" -> "x_1"
+    (r"\\mathbb ?\{?R\}?|\b(?:all )?real numbers\b", r"(-\\infty,\\infty)"),  # "all real numbers"
+    (r"(?<=\d) ?(?:\{ ?, ?\}|,)(?: |\\!)*\\! ?(?=\d{3})|(?<=\d) ?\{ ?, ?\} ?(?=\d{3})", ","),  # "1{,}000", "1,\! 000" -> "1,000"
+    (r"\\(?:text\w*|math\w+|mbox|operatorname|emph|vec|hat|f?box(?:ed)?)\s*\{([^{}]*)\}", r" \1 "),  # "\text{cm}" -> "cm"
+    (r"\\f?box(?:ed)?\s*\{(.*)\}", r"\1"),  # "\boxed{\frac{1}{2}}" -> "\frac{1}{2}"
+    (r"\\f?box(?:ed)? ", ""),  # "\boxed 5" -> "5"
+    (r"\\([A-Za-z]+|[^A-Za-z])|[^\x00-\x7f]",  # see SPELLINGS
      lambda match: SPELLING.get(match[1] or match[0], match[0] if (match[1] or "a").isalpha() else match[1])),
+    (r"[\u2600-\u27bf\ufe0f\U0001f000-\U0001faff]", ""),  # "5 🎉" -> "5"
+    (r"(?<![\d,.])(\d+),(\d\d)(?= ?(?:\$|dollar|euro)(?! ?\d))", r"\1.\2"),  # "2,74 €" -> "2.74 €"
     (r"^\s*[$]\s*(?=[^$]*$)|(?<=\s)[$](?=\d[^$]*$)|^-[$](?=[^$]*$)", lambda match: match[0].replace("$", " dollar ")),
+    (r"^~ ?(?=\d)|= ?~", r"\\approx "),  # "~3"
     (r"[\s$~]+", " "), (r"^ +| +$", ""),
-    (r"\*\*(?=[\w({-])(?<=[\w)}]\*\*)", "^"),
-    (r"\*\*|__|[`\"]", ""), (r"^'(.*)'$", r"\1"),
-    (r"\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+) ?\}|\{([\d,]+)\}/\{([\d,]+)\}", r"\1\3/\2\4"),
-    (r"(?<![A-Za-z\\])([ap])\.? ?m\b\.?", r" \1m"), (r"(?i)(?:\b12 )?\bnoon\b", "12:00 pm"),
+    (r"\*\*(?=[\w({-])(?<=[\w)}]\*\*)", "^"),  # "x**2" -> "x^2"
+    (r"\*\*|__|[`\"]", ""), (r"^'(.*)'$", r"\1"),  # "**5**", "`5`", "'5'" -> "5"
+    (r"\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+) ?\}|\{([\d,]+)\}/\{([\d,]+)\}", r"\1\3/\2\4"),  # "{1}/{2}" -> "1/2"
+    # ---- Chinese
+    (rf"(?<=[\d}}%)]) ?(?:和|与|及)(?=[\d({{\\-])", ", "), (r"(?<=[\d})]) ?或者?(?=[\d({\\-])", " or "),  # "1和2" -> "1, 2"
+    (rf"(?<=[\d}}%)]) ?个?(平方|立方)?({'|'.join(CHINESE_UNITS)})(?![分])",  # "5平方米" -> "5 square m"
+     lambda match: " " + " ".join(CHINESE_UNITS[word] for word in match.groups() if word)),
+    (rf"^(?!.*(?:{CHINESE_HEDGES}))[^\d\\]*{CHINESE}[ :=]*(?=[\dA-Z\\([{{$-])", ""),  # "答案是5" -> "5"
+    (rf"(?<=[\d}}%)a-z]) ?{CHINESE}[^\d]*$", lambda m: m[0] if re.search(CHINESE_HEDGES, m[0]) else ""),  # "5颗糖" -> "5"
+    # ---- numbers, units, times
+    (r"(?<=\d)(?<!\d{4}) (?=\d{3}(?!\d))", ","),  # "1 000" -> "1,000"
+    (r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)", thousands),
+    (r"(?<![A-Za-z\\])([ap])\.? ?m\b\.?", r" \1m"), (r"(?i)(?:\b12 )?\bnoon\b", "12:00 pm"),  # "3 P.M." -> "3 pm"
     (r"(?i)\bmidnight\b", "12:00 am"), (r"(?i) is (?:the|my) (?:final |correct )?answer\.?$", ""),
-    (r"\^ ?\{? ?degree ?\}?|\bdegrees\b", " degree "), (r"(?i)(?<=[\d}]) ?\b(?:per ?cent|pct)\b", "%"),
+    (r"(?i)[,;.] (?:because|since|as|so|it|which|in|that|where|thus|hence)\b[^\d]*$",  # "5, in total" -> "5"
+     lambda match: match[0] if GUESS.search(match[0]) else ""),
+    (r"(?<=[\d}%)]) ?\( ?([A-Za-z]{2}[A-Za-z .^/]*)\)$", r" \1"),  # "9 (apples)" -> "9 apples"
+    (r"\^ ?\{? ?degree ?\}?|\bdegrees\b", " degree "),  # "90^\circ" -> "90 degree"
+    (r"(?i)(?<=[\d}]) ?\b(?:per ?cent|pct)\b", "%"),
     (r"\bmph\b", "mile hour"), (r"\bkph\b", "km hour"), (r"\b(?:and )?(?:a|one)[- ]half\b", "1/2"),
-    (r"\{([:,])\}", r"\1"), (r"(?<=\d)(?<!\d{4}) (?=\d{3}(?!\d))", ","),
-    (r"\b0b([01]+)", r"\1_2"), (r"\b0x([\dA-F]+)", r"\1_16"), (r" ?\(?\b(?:in )?base (\w+)\)?", r"_\1"),
+    (r"\{([:,])\}", r"\1"),
+    (r"\b0b([01]+)", r"\1_2"), (r"\b0x([\dA-F]+)", r"\1_16"), (r" ?\(?\b(?:in )?base (\w+)\)?", r"_\1"),  # "11 base 2"
     (r"\(([\dA-Z]+)\)_", r"\1_"),
     (r"(?<=[\d }])([ckm]?m|in|ft|yd|inch|inches|foot|feet|(?:centi|kilo|milli)?met(?:er|re)s?) ?\^ ?\{?([23])\}?(?!\w)",
-     lambda match: f" {'cubic' if match[2] == '3' else 'square'} {match[1]}"),
-    (r"_ ?\{ ?(\w+) ?\}", r"_\1"), (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "),
+     lambda match: f" {'cubic' if match[2] == '3' else 'square'} {match[1]}"),  # "cm^2" -> "square cm"
+    # ---- functions, relations, sets
+    (r"_ ?\{ ?(\w+) ?\}", r"_\1"), (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "),  # "x_{1}" -> "x_1"
     (r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|theta|alpha|beta|arc\w{3})(?![A-Za-z])", r"\\\1 "),
     (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
-    (r"\\sqrt ?\(([^()]*)\)|\\sqrt +(\d+|\w)", r"\\sqrt{\1\2}"), (r"\^ ?\(([^()]*)\)", r"^{\1}"),
-    (r"^(?:the )?(?:empty|null) set$|^\{ *\}$", r"\\emptyset"), (r"^<([^<>]*,[^<>]*)>$", r"(\1)"),
+    (r"\\sqrt ?\(([^()]*)\)|\\sqrt +(\d+|\w)", r"\\sqrt{\1\2}"), (r"\^ ?\(([^()]*)\)", r"^{\1}"),  # "sqrt(2)"
+    (r"^(?:the )?(?:empty|null) set$|^\{ *\}$", r"\\emptyset"), (r"^<([^<>]*,[^<>]*)>$", r"(\1)"),  # "<1,2>" -> "(1,2)"
     (r"\{ *\\emptyset *\}", "the set of the empty set"),
+    (r"^\{ ?[A-Za-z]( ?\\in[^|:]*)? ?[|:](.*)\}$", r"\2"),  # "{x | x > 1}" -> "x > 1"
+    (r"^([^\[\]()]*[<>][^\[\]()]*): *([(\[].*[)\]])$", r"\2"),  # "x > 1: (1,\infty)" -> "(1,\infty)"
+    (r"^\(-\\infty,\\infty\) ?(?:\\setminus|-) ?\{(.*)\}$", r"x \\ne \1"),  # "\mathbb{R}\setminus\{2\}"
+    (r"^([A-Za-z]) ?\\ne ([^<>=,]*)$", r"\1 < \2 or \1 > \2"),  # "x \ne 2" -> "x < 2 or x > 2"
     (r"^\[ ?\[.*\] ?\]$", lambda match: match[0].replace("[", "(").replace("]", ")")),
-    (r"^(?:minus|negative)\b", "-"), (r"^([^A-Za-z=]+)= ?([A-Za-z])$", r"\2=\1"), (r"^(\d+) to (\d+)$", r"\1:\2"),
+    (r"^(?:minus|negative)\b", "-"), (r"^(\d+) to (\d+)$", r"\1:\2"),
+    (r"^(?:on|in) (?:an? )?(?=[A-Z])", ""),  # "on a Monday" -> "Monday"
+    (r"\b(first|second|third|fourth) quadrant\b", lambda match: "quadrant " + ORDINALS[match[1]]),
 )]
-LEAD_IN = re.compile(  # "So the final answer is", "Option", "The area is exactly", "Total =", "AB =", "It ends at"
+LEAD_IN = re.compile(  # "So the final answer is", "Option", "The area is exactly", "Total =", "It ends at"
     r"(?i)(?:(?:so|thus|hence|therefore),? +)?(?:"
     r"(?:[a-z',()]+ +){0,9}?(?:is|are|be|equals?)\b:? *(?:exactly )?|"
     r"(?:[a-z',()]+ +){1,9}?(?:at|ha[sd]|have|paid|(?:make|take|measure|cost|earn|get|pay)s?)(?= (?:dollar )?\d)|"
     r"(?:the |final |correct )*(?:answer|result|option|choice)s?\b\W*?[:=]? *|"
-    r"(?:\\angle ?|∠)?[a-z]{2,} ?= ?)?")
+    r"[a-z]{2,} ?= ?)?")
 HEDGE = re.compile(
     r"(?i)\b(?:or|not|never|about|approx\w*|roughly|around|maybe|perhaps|possibl[ey]|probably|either|neither|but|if|"
     r"unless|between|than|least|most|less|more|fewer|over|under|nearly|almost|rounded|estimate\w*|too|except|cannot|"
@@ -96,13 +144,16 @@ s second sec; min minute; h hour hr; day; week wk; month; year yr; square sq squ
 c celsius; f fahrenheit; n newton; k kelvin; ohm""".split(";") for word in line.split()}
 FILLER = set("a an the is are there of in it per all total altogether has have had will be exactly only just left each "
              "so on and he she they we i you gets needs pays spent costs".split())
+ARTICLES = set("a an the is are and The An A".split())
 CURRENCIES = {"dollar", "euro", "pound", "yen", "cent"}
 UNIT_TAIL = re.compile(rf"(?i)(?:[ /]+(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})s?)+$")
+ATOM = r"(?:\\[a-z]+|[A-Z]{2,}|[A-Za-z])'*(?:_\w+)?(?:\^\{?-1\}?)?"
+QUANTITY = (rf"(?:(?:\\angle|\\triangle|\\overline|\\overrightarrow)? ?\{{?{ATOM}\}}? ?(?:{ATOM}|\([\w ,.+\\-]*\))?"
+            rf"|\|[A-Za-z\\]+\||\\frac ?\{{{ATOM}\}} ?\{{{ATOM}\}}|{CHINESE}+)")
+NAME = re.compile(rf"\(?{QUANTITY}(?: ?[,:/] ?{QUANTITY}){{0,9}}\)?")  # "x", "f(1)", "|AB|", "\\cos A", "a:b", "(p,q)"
+READABLE = r"[,;:=<>]|\bor\b|\band\b|\\(?:le|ge|ne|in|notin|cup|pm|ldots|approx|to)\b"
+SEPARATOR = r",? ?\band\b|,? ?\bor\b|;|\\cup\b|\bU\b"
 RELATION = re.compile(r" ?(<|>|\\le\b|\\ge\b) ?")
-ASSIGNED = re.compile(  # the name in front of the only "=" or "\in"
-    r"\(?(?:\\[a-z]+|[A-Za-z])(?:_\w+)?(?: ?, ?\\?[A-Za-z]+)*\)?(?:\([a-z]\))? ?(?:=|\\in\b) ?(?!.*(?:=|\\in\b))")
-
-
 def depths(text: str) -> list[int]:
     """How many brackets are open after each character."""
     return list(accumulate((letter in "({[") - (letter in ")}]") for letter in text))
@@ -131,11 +182,13 @@ def unit(word: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    return [unit(word) for word in re.findall(r"[\w']+|[-+*/^=<>%.]", text) if word.lower() not in FILLER]
+    found = re.findall(r"[\w']+|[-+*/^=<>%.]", text)
+    return [unit(word) for word in found if word not in ARTICLES or word == found[-1]]
 
 
 def is_prose(text: str) -> bool:
-    return bool(re.search(r"(?<![\\A-Za-z])[A-Za-z']{3}", text))
+    text = re.sub(r"\\(?:begin|end) ?\{\w+\}", "", text)
+    return bool(re.search(rf"(?<![\\A-Za-z])[A-Za-z']{{3}}|{CHINESE}", text))
 
 
 # ------------------------------------------------------------------------------------------------- readings
@@ -251,28 +304,45 @@ def interval(text: str) -> str:
     if len(parts) > 1 and parts[1] in (">", r"\ge"):
         parts = [{">": "<", r"\ge": r"\le"}.get(part, part) for part in reversed(parts)]
     if len(parts) == 3:
-        parts = [r"-\infty", "<", *parts] if re.fullmatch("[A-Za-z]", parts[0]) else [*parts, "<", r"\infty"]
-    if len(parts) != 5 or not re.fullmatch("[A-Za-z]", parts[2]) or not {parts[1], parts[3]} <= {"<", r"\le"}:
+        parts = [r"-\infty", "<", *parts] if NAME.fullmatch(parts[0]) else [*parts, "<", r"\infty"]
+    if len(parts) != 5 or not NAME.fullmatch(parts[2]) or not {parts[1], parts[3]} <= {"<", r"\le"}:
         return text
     low, open_low, name, open_high, high = parts
     return rf"{name} \in {'(' if open_low == '<' else '['}{low},{high}{')' if open_high == '<' else ']'}"
 
 
+def named(text: str) -> tuple[str, str]:
+    r"""The name and the value of `f(1) = 5`, `AB = BC = 5`, `5 = x`, `x \in (0,1)`; no name and the text otherwise."""
+    parts = split(text, r"=|\\in\b") or [text]
+    first, last = parts[0], parts[-1]
+    if len(parts) > 2 and len(split(text, f",|{SEPARATOR}")) > 1:  # x = 1, y = 2
+        return "", text
+    if len(parts) > 1 and not NAME.fullmatch(first) and NAME.fullmatch(last):
+        first, last = last, first
+    return (first.replace(" ", ""), last) if len(parts) > 1 and NAME.fullmatch(first) else ("", text)
+
+
 def structure(text: str) -> tuple[str, list[str]]:
     """The kind of a list (its brackets, or "," without any) and its parts; a single part if it is no list."""
-    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):
-        return "", [text]
-    if r"\pm" in text:
-        return ",", [text.replace(r"\pm", sign) for sign in "+-"]
-    for separator in (r"\\cup|\bU\b", r", ?and\b|, ?or\b|\band\b|\bor\b|;|, ", ","):
-        parts = split(text, separator)
-        if len(parts) > 1:
-            return "and" if RELATION.search(text) and re.search(r"\band\b", text) else ",", parts
+    groups = [split(part, ",") for part in split(text, SEPARATOR)]
+    if len(groups) > 1 and len(groups[0]) > 1 and len(set(map(len, groups))) == 1 and all(map("=".__contains__, sum(groups, []))):
+        return ",", [f"({','.join(group)})" for group in groups]  # p=5,q=2; p=7,q=2
+    parts = [part.replace(r"\pm", sign).replace(r"\mp", other) for group in groups for part in group
+             for sign, other in (("+", "-"), ("-", "+"))[: 1 + bool(re.search(r"\\[pm][mp]\b", part))]]
+    if len(parts) > 1:
+        if all(re.fullmatch(r"\{[^{}]*\}", part) for part in parts) and r"\cup" in text:
+            return ",", list(dict.fromkeys(one for part in parts for one in split(part[1:-1], "[,;]")))
+        return "and" if RELATION.search(text) and re.search(r"\band\b", text) else ",", parts
     *inner, end = depths(text)
     if text[0] in "({[" and end == 0 and 0 not in inner:  # one pair of brackets around it all
         inside = split(text[1:-1], "[,;]")
         return (text[0] + text[-1], inside) if len(inside) != 1 else structure(inside[0])
     return "", [text]
+
+
+def can_be_read(text: str, read) -> bool:
+    """Whether each part of the text, between commas and relations, is something for `read(text) -> expressions`."""
+    return bool(text) and all(map(read, split(text, READABLE)))
 
 
 def same(gold: str, answer: str, verify) -> bool:
@@ -283,7 +353,7 @@ def same(gold: str, answer: str, verify) -> bool:
     closed = [re.sub(r"(?<!\d) | (?!\d)", "", text.casefold()) for text in (gold, answer)]
     if closed[0] == closed[1]:
         return True
-    if date(gold) or date(answer):
+    if date(gold) and date(answer):
         return date(gold) == date(answer)
     quantities = quantity(gold), quantity(answer)
     if all(quantities):
@@ -293,28 +363,33 @@ def same(gold: str, answer: str, verify) -> bool:
 
     if is_prose(gold) and words(gold) == words(answer) != []:
         return True
+    exact, is_rounded, _ = answer.partition(r"\approx")
+    if is_rounded:  # 1/3 \approx 0.33, but not x \approx 0.33
+        return bool(exact.strip()) and not NAME.fullmatch(exact.strip()) and same(gold, exact, verify)
+    if "?" in answer:
+        return False
     gold, answer = interval(gold), interval(answer)
-    names = [ASSIGNED.match(text) for text in (gold, answer)]
-    if all(names) and names[0][0].replace(" ", "") == names[1][0].replace(" ", ""):
-        return same(gold[names[0].end():], answer[names[1].end():], verify)
-    if names[0] and "=" not in answer and r"\in" not in answer.split():
-        return same(gold[names[0].end():], answer, verify)
-    if names[1] and "=" not in gold and r"\in" not in gold.split():
-        return same(gold, answer[names[1].end():], verify)
+    (name, value), (answered_name, answered) = named(gold), named(answer)
+    if name == answered_name != "" or name and not re.search(r"=|\\in\b", answer):
+        return same(value, answered, verify)
+    if answered_name and not re.search(r"=|\\in\b", gold):
+        return same(gold, answered, verify)
 
     (kind, golds), (answer_kind, answers) = structure(gold), structure(answer)
     kinds = {kind, answer_kind} - {","}
     if len(golds) != len(answers):
         return False
-    if len(golds) > 1 and (kinds <= {"{}"} or kinds == {"and"} == {kind, answer_kind}):  # in any order
-        for part in golds:
-            found = next((other for other in answers if same(part, other, verify)), None)
-            if found is None:
-                return False
-            answers.remove(found)
-        return True
     if len(golds) > 1:
-        return (kinds == {"()"} or kind == answer_kind) and all(map(same, golds, answers, [verify] * len(golds)))
+        names = [[named(part)[0] for part in parts] for parts in (golds, answers)]
+        in_order = sorted(all(one) and len(set(one)) == len(one) for one in names) == [False, True] and not all(map(any, names))
+        if not in_order and (kinds <= {"{}"} or kinds == {"and"} == {kind, answer_kind}):
+            for part in golds:
+                found = next((other for other in answers if same(part, other, verify)), None)
+                if found is None:
+                    return False
+                answers.remove(found)
+            return True
+        return (in_order or kinds == {"()"} or kind == answer_kind) and all(map(same, golds, answers, [verify] * len(golds)))
     gold, answer = golds[0], answers[0]
 
     tails = [UNIT_TAIL.search(text) for text in (gold, answer)]
@@ -323,13 +398,19 @@ def same(gold: str, answer: str, verify) -> bool:
         return same_units(*units) and same(UNIT_TAIL.sub("", gold), UNIT_TAIL.sub("", answer), verify)
     if is_prose(gold) or is_prose(answer):
         return False
-    if ("=" in gold) != ("=" in answer):  # 3 + 4 = 7
+    if "=" in answer and "=" not in gold:  # 3 + 4 = 7, \lim_{x \to 0} \cos x = 1
         working, _, result = answer.rpartition("=")
-        return "=" not in gold and not re.search(r"(?<![\\A-Za-z])[A-Za-z]", working) and same(gold, result, verify)
-    return verify(gold, answer)
+        is_working = (not re.search(r"(?<![\\A-Za-z{])[A-Za-z]", working)
+                      or re.match(r"\\(?:lim|int|sum|prod)\b", working) or same(working, result, verify))
+        return bool(is_working) and same(gold, result, verify)
+    return ("=" in gold) == ("=" in answer) and verify(gold, answer)
 
 
 # ------------------------------------------------------------------------------------------------- found in a text
+
+FORMULA = re.compile(r"(?<!\\)(?:\$\$?|\\[()\[\]])")  # where one begins or ends
+BOX = re.compile(r"\\[{}]|\\f?box(?:ed)? *\{|\\boxed +(?P<bare>[^\s{}$\\]+)|[{}]")
+BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|\\q?quad|\\text ?\{ ?(?:and|or) ?\}|\b(?:and|or)\b)*")
 
 def extract_answer(completion: str) -> str | None:
     """The text of the single complete `<answer>` block after the last `</think>`; None if there is no such block."""
@@ -341,15 +422,39 @@ def extract_answer(completion: str) -> str | None:
 
 
 def gold_answer(gold) -> str:
-    """A data set's answer as text; GSM8K writes it behind `####`, at the end of the solution."""
-    return str(gold).rpartition("####")[2].strip()
+    r"""A data set's answer as text: behind `####` in a solution of GSM8K's, in the box in one of MATH's.
+
+    Of other prose around LaTeX the last formula; `$69$, $84$` and `20 $cm^{2}$` are no prose.
+    """
+    text = str(gold)
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
+    formulas = FORMULA.split(text)
+    around = re.sub(r"\b(?:and|or)\b", "", " ".join(formulas[::2]))
+    is_prose_around = len(formulas) > 2 and re.search(r"[A-Za-z]{2}", around)
+    return last_box(text) or (formulas[-3 + len(formulas) % 2] if is_prose_around else text.strip())
 
 
 def last_latex(text: str) -> str | None:
     r"""What is inside the last complete `\boxed{}`, or else the last of `$...$`, `$$...$$`, `\(...\)` and `\[...\]`."""
-    _, boxed, rest = text.rpartition(r"\boxed{")
-    for end, depth in enumerate(accumulate((letter == "{") - (letter == "}") for letter in rest if boxed)):
-        if depth < 0:
-            return rest[:end]
-    parts = re.split(r"(?<!\\)(?:\$\$?|\\[()\[\]])", text)  # every second one is mathematics
-    return parts[-3 + len(parts) % 2] if len(parts) > 2 else None
+    formulas = FORMULA.split(text)  # every second one is mathematics
+    return last_box(text) or (formulas[-3 + len(formulas) % 2] if len(formulas) > 2 else None)
+
+
+def last_box(text: str) -> str | None:
+    r"""What is inside the last complete box: `\boxed{5}`, `\fbox{5}`, `\boxed 5`; of several in a row all, with commas."""
+    openings, boxes = [], []  # (whether it is a box, its start, that of its inside); (start, end, inside)
+    for token in BOX.finditer(text):
+        if token["bare"]:
+            boxes.append((token.start(), token.end(), token["bare"]))
+        elif token[0] == "}" and openings:
+            is_box, start, inside = openings.pop()
+            if is_box:
+                boxes = [box for box in boxes[-9:] if box[0] < start]  # but for those inside
+                boxes.append((start, token.end(), text[inside: token.start()]))
+        elif token[0][-1] == "{" and token[0] != r"\{":
+            openings.append((len(token[0]) > 1, token.start(), token.end()))
+    found = [boxes.pop()] if boxes else []
+    while boxes and BETWEEN_BOXES.fullmatch(text[boxes[-1][1]: found[0][0]][:50]):
+        found.insert(0, boxes.pop())
+    return ", ".join(box[2] for box in found) or None

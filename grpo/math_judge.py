@@ -5,6 +5,7 @@ own time limit needs the main thread. So a nursery process imports it once, and 
 the kernel ends when its time or its memory is up. Nothing is left to clean up after any of them.
 """
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -15,23 +16,43 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from random import Random
 
-from grpo.answers import clean, quantity, same
+from grpo.answers import can_be_read, choice, clean, is_prose, quantity, same
 
 LONGEST_ANSWER = 1000  # characters; a longer answer is wrong
-JUDGE_SECONDS = 0.5  # of processor time for an answer that needs math-verify; one that takes longer is wrong
+JUDGE_SECONDS = 0.4  # of processor time for an answer that needs math-verify; one that takes longer is wrong
+STANDSTILL_SECONDS = 60  # on the clock, only for a process that uses no processor time
 nursery_lock = threading.Lock()
 nursery = None  # (process, socket) once it runs
 
 
-@lru_cache(maxsize=10000)
 def is_equal(gold: str, answer: str | None) -> bool:
     """Whether the answer means the same as the gold answer, see `answers.same`; mathematics goes to a judge."""
     if not answer or max(len(gold), len(answer)) > LONGEST_ANSWER:
         return False
+    return in_time(compare, gold, answer)
+
+
+def is_mathematics(text: str) -> bool:
+    """Whether a gold answer can be read as a quantity, a letter of multiple choice, or by math-verify."""
+    return len(text) <= LONGEST_ANSWER and in_time(is_readable, text)
+
+
+def in_time(question, *texts: str) -> bool:
+    """A judge's verdict; False where it ran out of time. That is no verdict to remember: `lru_cache` keeps no errors."""
+    try:
+        return question(*texts)
+    except TimeoutError:
+        return False
+
+
+@lru_cache(maxsize=10000)
+def compare(gold: str, answer: str) -> bool:
     try:
         return same(gold, answer, too_dangerous_here)
     except (NotImplementedError, RecursionError):
@@ -39,10 +60,11 @@ def is_equal(gold: str, answer: str | None) -> bool:
 
 
 @lru_cache(maxsize=10000)
-def is_mathematics(text: str) -> bool:
-    """Whether a gold answer can be read as a quantity, or by math-verify."""
-    return bool(len(text) <= LONGEST_ANSWER and re.search(r"[\d\\^=]", text)
-                and (quantity(clean(text)) or ask_judge(text, None)))
+def is_readable(text: str) -> bool:
+    found = clean(text)
+    if not found or quantity(found) or choice(found):
+        return bool(found)
+    return ("\\" in text or not is_prose(found)) and ask_judge(text, None)
 
 
 def too_dangerous_here(gold: str, answer: str):
@@ -51,37 +73,42 @@ def too_dangerous_here(gold: str, answer: str):
 
 def get_ready() -> None:
     """Starts the judge's process, which takes seconds, while the caller does something else."""
+    require_math_verify()
     threading.Thread(target=ask_judge, args=("1", "1"), daemon=True).start()
+
+
+def require_math_verify() -> None:
+    if importlib.util.find_spec("math_verify") is None:
+        raise ValueError("math-verify, which compares answers, is not installed: pip install math-verify==0.9.0")
 
 
 def ask_judge(gold: str, answer: str | None) -> bool:
     """Whether `answer` is the same as `gold`, or, without an answer, whether `gold` can be read. From any thread.
 
-    Nearly all questions take less than a tenth of a second of processor time, and have it however long a busy machine
-    takes to grant it: no right answer is lost for that. What takes more is asked again, and then the clock counts too.
+    Processor time alone decides, however long a busy machine takes to grant it. TimeoutError if the judge used it up,
+    or its memory, or stood still.
     """
-    return (ask_child(gold, answer, 0.1, 60) or ask_child(gold, answer, JUDGE_SECONDS, 0.6)) == b"1"
-
-
-def ask_child(gold: str, answer: str | None, seconds: float, clock: float) -> bytes:
-    """b"1" or b"0"; nothing, if the child used up its `seconds` of processor time, or those on the clock."""
     global nursery
     ours, theirs = socket.socketpair()
     with ours, theirs:
         with nursery_lock:
             if nursery is None or nursery[0].poll() is not None:
+                require_math_verify()
                 our_end, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 path = f"{Path(__file__).parent.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
                 nursery = subprocess.Popen([sys.executable, "-m", "grpo.math_judge"], stdin=its_end,
                                            start_new_session=True, env=os.environ | {"PYTHONPATH": path}), our_end
                 its_end.close()
-            socket.send_fds(nursery[1], [json.dumps([gold, answer, seconds, clock]).encode()], [theirs.fileno()])
+            socket.send_fds(nursery[1], [json.dumps([gold, answer]).encode()], [theirs.fileno()])
         theirs.close()
-        ours.settimeout(120)
+        ours.settimeout(2 * STANDSTILL_SECONDS)
         try:
-            return ours.recv(1)
+            verdict = ours.recv(1)
         except TimeoutError:
-            raise TimeoutError("the process that runs math-verify gave no verdict within 120 s") from None
+            raise RuntimeError("the process that runs math-verify has stood still for minutes") from None
+    if not verdict:
+        raise TimeoutError
+    return verdict == b"1"
 
 
 # What the nursery has done once, its children know: how such text is parsed, and what sympy imports for it.
@@ -90,14 +117,14 @@ WARM_UP = [("2+3i", "3-i"), (r"\sqrt{8}", r"2\sqrt{2}"), ("x^2-1", "(x-1)(x+1)")
            (r"[0,1)\cup(2,\infty)", "(0,1]"), (r"\pi r^2", "x^3+8"), (r"\sin x", r"\cos x"), ("e^{2}", r"\ln 2")]
 
 
-def run_nursery() -> None:
-    """The nursery's main loop. It ends when the parent is gone, because the socket on its stdin is then closed."""
-    from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, verify
-    from sympy import I
+def make_verify() -> tuple[Callable, Callable]:
+    """`read(text) -> expressions` and `verify(gold, answer) -> bool`, for text in the spelling of `clean`."""
+    import math_verify
+    from sympy import Eq, Expr, I, Ne, Rational, Rel, degree
 
-    logging.disable()  # math-verify warns that its own time limit is off
-    normalization = LatexNormalizationConfig(basic_latex=True, units=False, malformed_operators=True, boxed="none")
-    latex_only = [LatexExtractionConfig(normalization_config=normalization)]
+    normalization = math_verify.LatexNormalizationConfig(basic_latex=True, units=False, malformed_operators=True,
+                                                         boxed="none")
+    latex_only = [math_verify.LatexExtractionConfig(normalization_config=normalization)]
 
     def exact(decimal):
         """As a fraction; in braces if it does not stand alone, where math-verify would suspect a set, for 60 ms."""
@@ -106,17 +133,65 @@ def run_nursery() -> None:
 
     def read(text):
         """The text as expressions with exact numbers, the letter i as the imaginary unit."""
-        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text).replace("*", r" \cdot ")
-        text = re.sub(r"\d*\.\d+", exact, text)
-        expressions = parse(f"${text}$", latex_only, fallback_mode="no_fallback", parsing_timeout=None)
+        text = re.sub(r"\d*\.\d+", exact, text.replace("*", r" \cdot "))
+        expressions = math_verify.parse(f"${text}$", latex_only, fallback_mode="no_fallback", parsing_timeout=None)
         return [expression.xreplace({symbol: I for symbol in expression.free_symbols if symbol.name == "i"})
                 for expression in expressions]
 
-    def is_same(gold, answer):
-        return verify(read(gold), read(answer), float_rounding=10, timeout_seconds=None)
+    def solved(expression):
+        """A linear inequality as the interval of its solutions, -x > -1 as x < 1; everything else unchanged."""
+        is_linear = isinstance(expression, Rel) and not isinstance(expression, (Eq, Ne)) and all(
+            (expression.lhs - expression.rhs).is_polynomial(one) and degree(expression.lhs - expression.rhs, one) == 1
+            for one in expression.free_symbols)
+        return expression.as_set() if is_linear and len(expression.free_symbols) == 1 else expression
 
+    def values(expression, symbols):
+        """At four points, positive and negative, with 50 digits: equal there is equal, and tiny numbers differ."""
+        random = Random(0)
+        for signs in ((1, 1), (1, 1), (-1, 1), (-1, -1)) if symbols else [(1, 1)]:
+            point = {symbol: random.choice(signs) * Rational(random.randint(100, 999), 271) for symbol in symbols}
+            yield expression.xreplace(point).evalf(50)
+
+    def equal_values(gold, answer):
+        """Whether two expressions have equal values, or two equations the same solutions; None if that is open."""
+        symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+        both_equations = isinstance(gold, Eq) and isinstance(answer, Eq)
+        if both_equations:
+            gold, answer = gold.lhs - gold.rhs, answer.lhs - answer.rhs
+        elif not isinstance(gold, Expr) or not isinstance(answer, Expr):
+            return None
+        if not symbols:
+            gold, answer = gold.doit(), answer.doit()
+            if gold.is_Rational and answer.is_Rational:
+                return gold == answer
+        pairs = list(zip(values(gold, symbols), values(answer, symbols)))
+        pairs = [pair for pair in pairs if all(value.is_number and value.is_finite for value in pair)
+                 and (not symbols or all(value.is_real for value in pair))]
+        if both_equations:
+            pairs = [(a / b, pairs[0][0] / pairs[0][1]) for a, b in pairs if b]
+        if len(pairs) < min(2, 1 + len(symbols)):
+            return None
+        equal = all(abs(a - b) <= abs(a) * Rational(1, 10**40) for a, b in pairs)
+        return equal or (None if both_equations else False)
+
+    def verify(gold, answer):
+        golds, answers = read(gold), read(answer)
+        if golds and answers:
+            gold, answer = solved(golds[0]), solved(answers[0])
+            equal = gold == answer or equal_values(gold, answer)
+            if equal is not None:
+                return equal
+        return math_verify.verify(golds, answers, float_rounding=10, timeout_seconds=None)
+
+    return read, verify
+
+
+def run_nursery() -> None:
+    """The nursery's main loop. It ends when the parent is gone, because the socket on its stdin is then closed."""
+    logging.disable()  # math-verify warns that its own time limit is off
+    read, verify = make_verify()
     for pair in WARM_UP:
-        is_same(*pair)
+        verify(*pair)
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     requests = socket.socket(fileno=0)
@@ -125,13 +200,13 @@ def run_nursery() -> None:
         if not descriptors:
             return
         if os.fork() == 0:
-            gold, answer, seconds, clock = json.loads(question)
+            gold, answer = json.loads(question)
             resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))  # bytes
-            signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the child, whatever C code it is in
-            signal.setitimer(signal.ITIMER_REAL, clock)
+            signal.setitimer(signal.ITIMER_PROF, JUDGE_SECONDS)  # its signal ends the child, whatever C code it is in
+            signal.setitimer(signal.ITIMER_REAL, STANDSTILL_SECONDS)
             connection = socket.socket(fileno=descriptors[0])
             try:
-                verdict = same(gold, answer, is_same) if answer is not None else read(clean(gold))
+                verdict = same(gold, answer, verify) if answer is not None else can_be_read(clean(gold), read)
                 connection.send(b"1" if verdict else b"0")
             except Exception:  # in what a model wrote: nobody's news
                 connection.send(b"0")
