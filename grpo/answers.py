@@ -65,6 +65,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<=[\w)}\]])[₀-₉]+", lambda match: "_" + match[0].translate(SMALL)),  # "x₁" -> "x_1"
     (r"\\mathbb ?\{?R\}?|\b(?:all )?real numbers\b", r"(-\\infty,\\infty)"),  # "all real numbers"
     (r"(?<=\d) ?(?:\{ ?, ?\}|,)(?: |\\!)*\\! ?(?=\d{3})|(?<=\d) ?\{ ?, ?\} ?(?=\d{3})", ","),  # "1{,}000", "1,\! 000" -> "1,000"
+    (r"\{([^{}]*)\\over\b([^{}]*)\}", r"\\frac{\1}{\2}"),  # "{1 \over 2}" -> "\frac{1}{2}"
     (r"\\(?:text\w*|math\w+|mbox|operatorname|emph|vec|hat|f?box(?:ed)?)\s*\{([^{}]*)\}", r" \1 "),  # "\text{cm}" -> "cm"
     (r"\\f?box(?:ed)?\s*\{(.*)\}", r"\1"),  # "\boxed{\frac{1}{2}}" -> "\frac{1}{2}"
     (r"\\f?box(?:ed)? ", ""),  # "\boxed 5" -> "5"
@@ -101,6 +102,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<=[\d }])([ckm]?m|in|ft|yd|inch|inches|foot|feet|(?:centi|kilo|milli)?met(?:er|re)s?) ?\^ ?\{?([23])\}?(?!\w)",
      lambda match: f" {'cubic' if match[2] == '3' else 'square'} {match[1]}"),  # "cm^2" -> "square cm"
     # ---- functions, relations, sets
+    (r"\\(sin|cos|tan|cot) ?\(?(\d+) degree\)?", r"\\\1(\2\\pi/180)"),  # "\sin 30^\circ" -> "\sin(30\pi/180)"
     (r"_ ?\{ ?(\w+) ?\}", r"_\1"), (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "),  # "x_{1}" -> "x_1"
     (r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|theta|alpha|beta|arc\w{3})(?![A-Za-z])", r"\\\1 "),
     (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
@@ -188,7 +190,7 @@ def words(text: str) -> list[str]:
 
 def is_prose(text: str) -> bool:
     text = re.sub(r"\\(?:begin|end) ?\{\w+\}", "", text)
-    return bool(re.search(rf"(?<![\\A-Za-z])[A-Za-z']{{3}}|{CHINESE}", text))
+    return bool(re.search(rf"(?<![\\A-Za-z_])(?!and\b)[A-Za-z']{{3}}|{CHINESE}", text))
 
 
 # ------------------------------------------------------------------------------------------------- readings
@@ -325,7 +327,8 @@ def named(text: str) -> tuple[str, str]:
 def structure(text: str) -> tuple[str, list[str]]:
     """The kind of a list (its brackets, or "," without any) and its parts; a single part if it is no list."""
     groups = [split(part, ",") for part in split(text, SEPARATOR)]
-    if len(groups) > 1 and len(groups[0]) > 1 and len(set(map(len, groups))) == 1 and all(map("=".__contains__, sum(groups, []))):
+    sizes = set(map(len, groups))
+    if len(groups) > 1 and len(sizes) == 1 != max(sizes) and all("=" in part for group in groups for part in group):
         return ",", [f"({','.join(group)})" for group in groups]  # p=5,q=2; p=7,q=2
     parts = [part.replace(r"\pm", sign).replace(r"\mp", other) for group in groups for part in group
              for sign, other in (("+", "-"), ("-", "+"))[: 1 + bool(re.search(r"\\[pm][mp]\b", part))]]
@@ -366,9 +369,13 @@ def same(gold: str, answer: str, verify) -> bool:
     exact, is_rounded, _ = answer.partition(r"\approx")
     if is_rounded:  # 1/3 \approx 0.33, but not x \approx 0.33
         return bool(exact.strip()) and not NAME.fullmatch(exact.strip()) and same(gold, exact, verify)
-    if "?" in answer:
+    if "?" in answer or gold.count(":") != answer.count(":") and "=" not in gold + answer:
         return False
-    gold, answer = interval(gold), interval(answer)
+    if r"\begin" in answer:  # a sum of matrices
+        return verify(gold, answer)
+    written, (gold, answer) = (gold, answer), map(interval, (gold, answer))
+    if RELATION.search(answer) and gold != written[0]:  # -x > -1
+        return verify(*written)
     (name, value), (answered_name, answered) = named(gold), named(answer)
     if name == answered_name != "" or name and not re.search(r"=|\\in\b", answer):
         return same(value, answered, verify)
