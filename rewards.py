@@ -121,7 +121,8 @@ def accuracy_reward(completions, solution, **columns) -> list[float | None]:
     golds = [gold_answer(gold) for gold in solution]
     values = []
     for text, gold in zip(texts(completions), golds, strict=True):
-        right = is_mathematics(gold) and is_equal(gold, last_latex(text))
+        found = last_latex(text.rpartition("</think>")[2])
+        right = is_mathematics(gold) and is_equal(gold, found)
         values.append(float(right) if is_mathematics(gold) else None)
     return values
 

@@ -21,7 +21,7 @@ SPELLINGS = {  # what is written in the end: LaTeX commands (without the backsla
     "-": "− – —", "*": "times cdot ast × ⋅ ·", "/": "÷ ⁄", ".": "。", ",": "、", "'": "‘ ’ “ ”",
     "{": "lbrace", "}": "rbrace", "(": "langle ⟨ 【", ")": "rangle ⟩ 】", "<": "lt", ">": "gt", "|": "mid vert lvert rvert",
     r"\frac": "dfrac tfrac cfrac", r"\sqrt ": "√", r"\pi ": "π", r"\theta ": "θ", r"\infty ": "∞", r"\pm ": "±",
-    r"\cup ": "bigcup ∪", r"\in ": "∈", r"\emptyset ": "varnothing ∅", r"\ne ": "neq ≠", r"\approx ": "≈ thickapprox",
+    r"\cup ": "bigcup ∪", r"\in ": "∈", r"\emptyset ": "oslash varnothing ∅", r"\ne ": "neq ≠", r"\approx ": "≈ thickapprox",
     r"\le ": "leq leqslant ≤ ⩽ ≦", r"\ge ": "geq geqslant ≥ ⩾ ≧", r"\setminus ": "backslash ∖", r"\angle ": "∠",
     r"\ldots ": "dots cdots …",
     " degree ": "circ degree °", " dollar ": "$", " euro ": "€", " pound ": "£", " yen ": "¥", " cent ": "¢",
@@ -74,6 +74,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"[\u2600-\u27bf\ufe0f\U0001f000-\U0001faff]", ""),  # "5 🎉" -> "5"
     (r"(?<![\d,.])(\d+),(\d\d)(?= ?(?:\$|dollar|euro)(?! ?\d))", r"\1.\2"),  # "2,74 €" -> "2.74 €"
     (r"^\s*[$]\s*(?=[^$]*$)|(?<=\s)[$](?=\d[^$]*$)|^-[$](?=[^$]*$)", lambda match: match[0].replace("$", " dollar ")),
+    (r"^(\d{4,}),(\d\d)$", r"\1.\2"),  # "1000,99" -> "1000.99"
     (r"^~ ?(?=\d)|= ?~", r"\\approx "),  # "~3"
     (r"[\s$~]+", " "), (r"^ +| +$", ""),
     (r"\*\*(?=[\w({-])(?<=[\w)}]\*\*)", "^"),  # "x**2" -> "x^2"
@@ -90,11 +91,12 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)", thousands),
     (r"(?<![A-Za-z\\])([ap])\.? ?m\b\.?", r" \1m"), (r"(?i)(?:\b12 )?\bnoon\b", "12:00 pm"),  # "3 P.M." -> "3 pm"
     (r"(?i)\bmidnight\b", "12:00 am"), (r"(?i) is (?:the|my) (?:final |correct )?answer\.?$", ""),
-    (r"(?i)[,;.] (?:because|since|as|so|it|which|in|that|where|thus|hence)\b[^\d]*$",  # "5, in total" -> "5"
+    (r"(?i)[,;.] (?:because|since|as|so|it|which|in|that|where|thus|hence|altogether|overall|respectively)\b[^\d]*$",  # "5, in total" -> "5"
      lambda match: match[0] if GUESS.search(match[0]) else ""),
     (r"(?<=[\d}%)]) ?\( ?([A-Za-z]{2}[A-Za-z .^/]*)\)$", r" \1"),  # "9 (apples)" -> "9 apples"
     (r"\^ ?\{? ?degree ?\}?|\bdegrees\b", " degree "),  # "90^\circ" -> "90 degree"
     (r"(?i)(?<=[\d}]) ?\b(?:per ?cent|pct)\b", "%"),
+    (r"(?<=[\d/]) ?secs?\b", " second"),  # "5 ft/sec" -> "5 ft/ second"
     (r"\bmph\b", "mile hour"), (r"\bkph\b", "km hour"), (r"\b(?:and )?(?:a|one)[- ]half\b", "1/2"),
     (r"\{([:,])\}", r"\1"),
     (r"\b0b([01]+)", r"\1_2"), (r"\b0x([\dA-F]+)", r"\1_16"), (r" ?\(?\b(?:in )?base (\w+)\)?", r"_\1"),  # "11 base 2"
@@ -102,12 +104,15 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<=[\d }])([ckm]?m|in|ft|yd|inch|inches|foot|feet|(?:centi|kilo|milli)?met(?:er|re)s?) ?\^ ?\{?([23])\}?(?!\w)",
      lambda match: f" {'cubic' if match[2] == '3' else 'square'} {match[1]}"),  # "cm^2" -> "square cm"
     # ---- functions, relations, sets
+    (r"(\\(?:sin|cos|tan|log|ln)) ?(\\[a-z]+|[a-z]) ?\*", r"\1(\2) *"),  # "\sin x * 2" -> "\sin(x) * 2"
     (r"\\(sin|cos|tan|cot) ?\(?(\d+) degree\)?", r"\\\1(\2\\pi/180)"),  # "\sin 30^\circ" -> "\sin(30\pi/180)"
     (r"_ ?\{ ?(\w+) ?\}", r"_\1"), (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "),  # "x_{1}" -> "x_1"
     (r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|theta|alpha|beta|arc\w{3})(?![A-Za-z])", r"\\\1 "),
     (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
     (r"\\sqrt ?\(([^()]*)\)|\\sqrt +(\d+|\w)", r"\\sqrt{\1\2}"), (r"\^ ?\(([^()]*)\)", r"^{\1}"),  # "sqrt(2)"
-    (r"^(?:the )?(?:empty|null) set$|^\{ *\}$", r"\\emptyset"), (r"^<([^<>]*,[^<>]*)>$", r"(\1)"),  # "<1,2>" -> "(1,2)"
+    (r"(?i)^(?:the )?(?:empty|null) set$|^\{ *\}$|^no (?:real )?solutions?$", r"\\emptyset"),
+    (r"(?i)\binfinite(?:ly many| number of)\b(?: solutions?)?", "infinite"),  # "infinitely many" -> "infinite"
+    (r"(?i)^(?:it |the limit )?does(?: not|n't) exist$", "DNE"), (r"^<([^<>]*,[^<>]*)>$", r"(\1)"),  # "<1,2>" -> "(1,2)"
     (r"\{ *\\emptyset *\}", "the set of the empty set"),
     (r"^\{ ?[A-Za-z]( ?\\in[^|:]*)? ?[|:](.*)\}$", r"\2"),  # "{x | x > 1}" -> "x > 1"
     (r"^([^\[\]()]*[<>][^\[\]()]*): *([(\[].*[)\]])$", r"\2"),  # "x > 1: (1,\infty)" -> "(1,\infty)"
@@ -119,7 +124,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\b(first|second|third|fourth) quadrant\b", lambda match: "quadrant " + ORDINALS[match[1]]),
 )]
 LEAD_IN = re.compile(  # "So the final answer is", "Option", "The area is exactly", "Total =", "It ends at"
-    r"(?i)(?:(?:so|thus|hence|therefore),? +)?(?:"
+    r"(?i)(?!(?:s?he|they|we|you|i) (?:is|are) [a-z])(?:(?:so|thus|hence|therefore),? +)?(?:"
     r"(?:[a-z',()]+ +){0,9}?(?:is|are|be|equals?)\b:? *(?:exactly )?|"
     r"(?:[a-z',()]+ +){1,9}?(?:at|ha[sd]|have|paid|(?:make|take|measure|cost|earn|get|pay)s?)(?= (?:dollar )?\d)|"
     r"(?:the |final |correct )*(?:answer|result|option|choice)s?\b\W*?[:=]? *|"
@@ -148,7 +153,7 @@ FILLER = set("a an the is are there of in it per all total altogether has have h
              "so on and he she they we i you gets needs pays spent costs".split())
 ARTICLES = set("a an the is are and The An A".split())
 CURRENCIES = {"dollar", "euro", "pound", "yen", "cent"}
-UNIT_TAIL = re.compile(rf"(?i)(?:[ /]+(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})s?)+$")
+UNIT_TAIL = re.compile(rf"(?i)(?:(?: per)?[ /]+(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})s?)+$")
 ATOM = r"(?:\\[a-z]+|[A-Z]{2,}|[A-Za-z])'*(?:_\w+)?(?:\^\{?-1\}?)?"
 QUANTITY = (rf"(?:(?:\\angle|\\triangle|\\overline|\\overrightarrow)? ?\{{?{ATOM}\}}? ?(?:{ATOM}|\([\w ,.+\\-]*\))?"
             rf"|\|[A-Za-z\\]+\||\\frac ?\{{{ATOM}\}} ?\{{{ATOM}\}}|{CHINESE}+)")
@@ -401,7 +406,7 @@ def same(gold: str, answer: str, verify) -> bool:
 
     tails = [UNIT_TAIL.search(text) for text in (gold, answer)]
     if any(tails) and not HEDGE.search(answer) and not (r"\pi" in gold and "degree" in gold + answer):
-        units = [frozenset(map(unit, re.findall("[A-Za-z]+", tail[0] if tail else ""))) for tail in tails]
+        units = [frozenset(map(unit, re.findall("[A-Za-z]+", tail[0] if tail else ""))) - {"per"} for tail in tails]
         return same_units(*units) and same(UNIT_TAIL.sub("", gold), UNIT_TAIL.sub("", answer), verify)
     if is_prose(gold) or is_prose(answer):
         return False
@@ -436,16 +441,25 @@ def gold_answer(gold) -> str:
     text = str(gold)
     if "####" in text:
         return text.rpartition("####")[2].strip()
-    formulas = FORMULA.split(text)
-    around = re.sub(r"\b(?:and|or)\b", "", " ".join(formulas[::2]))
-    is_prose_around = len(formulas) > 2 and re.search(r"[A-Za-z]{2}", around)
-    return last_box(text) or (formulas[-3 + len(formulas) % 2] if is_prose_around else text.strip())
+    before, *formulas = FORMULA.split(text)
+    has_prose = re.search("[A-Za-z]{2}", before) or len(re.findall("[A-Za-z]{2,}", " ".join(formulas[1::2]))) > 2
+    return last_box(text) or has_prose and last_formula(text) or text.strip()
 
 
 def last_latex(text: str) -> str | None:
     r"""What is inside the last complete `\boxed{}`, or else the last of `$...$`, `$$...$$`, `\(...\)` and `\[...\]`."""
-    formulas = FORMULA.split(text)  # every second one is mathematics
-    return last_box(text) or (formulas[-3 + len(formulas) % 2] if len(formulas) > 2 else None)
+    return last_box(text) or last_formula(text)
+
+
+def last_formula(text: str) -> str | None:
+    """The last piece of LaTeX, of several with "," or "and" between them all."""
+    pieces = FORMULA.split(text)  # every second one is LaTeX
+    found = pieces[1::2][: len(pieces) // 2]
+    between = pieces[2::2]
+    first = len(found) - 1
+    while first > 0 and re.fullmatch(r"\s*(?:,|,?\s*\b(?:and|or)\b)\s*", between[first - 1]):
+        first -= 1
+    return ", ".join(found[first:]) or None
 
 
 def last_box(text: str) -> str | None:
