@@ -81,9 +81,9 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\*\*|__|[`\"]", ""), (r"^'(.*)'$", r"\1"),  # "**5**", "`5`", "'5'" -> "5"
     (r"\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+) ?\}|\{([\d,]+)\}/\{([\d,]+)\}", r"\1\3/\2\4"),  # "{1}/{2}" -> "1/2"
     # ---- Chinese
-    (rf"(?<=[\d}}%)]) ?(?:和|与|及)(?=[\d({{\\-])", ", "), (r"(?<=[\d})]) ?或者?(?=[\d({\\-])", " or "),  # "1和2" -> "1, 2"
-    (rf"(?<=[\d}}%)]) ?个?(平方|立方)?({'|'.join(CHINESE_UNITS)})(?![分])",  # "5平方米" -> "5 square m"
-     lambda match: " " + " ".join(CHINESE_UNITS[word] for word in match.groups() if word)),
+    (rf"(?<=[\d}}%)]) ?(?:和|与|及)(?=[\d({{\\-])", ", "), (r"(?<=[\d})]) ?或者?(?= ?[\dA-Za-z({\\-])", " or "),  # "1和2" -> "1, 2"
+    (rf"(?<=[\d}}%)]) ?个?(?:[/每]?(?:{'|'.join(CHINESE_UNITS)}))+",  # "5平方米" -> "5 square m"
+     lambda match: re.sub("|".join(CHINESE_UNITS), lambda one: f" {CHINESE_UNITS[one[0]]}", match[0])),
     (rf"^(?!.*(?:{CHINESE_HEDGES}))[^\d\\]*{CHINESE}[ :=]*(?=[\dA-Z\\([{{$-])", ""),  # "答案是5" -> "5"
     (rf"(?<=[\d}}%)a-z]) ?{CHINESE}[^\d]*$", lambda m: m[0] if re.search(CHINESE_HEDGES, m[0]) else ""),  # "5颗糖" -> "5"
     # ---- numbers, units, times
@@ -93,7 +93,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?i)\bmidnight\b", "12:00 am"), (r"(?i) is (?:the|my) (?:final |correct )?answer\.?$", ""),
     (r"(?i)[,;.] (?:because|since|as|so|it|which|in|that|where|thus|hence|altogether|overall|respectively)\b[^\d]*$",  # "5, in total" -> "5"
      lambda match: match[0] if GUESS.search(match[0]) else ""),
-    (r"(?<=[\d}%)]) ?\( ?([A-Za-z]{2}[A-Za-z .^/]*)\)$", r" \1"),  # "9 (apples)" -> "9 apples"
+    (r"(?<=[\d}%)]) ?\( ?([A-Za-z]{2}[\w .^/{}]*)\)$", r" \1"),  # "9 (apples)" -> "9 apples"
     (r"\^ ?\{? ?degree ?\}?|\bdegrees\b", " degree "),  # "90^\circ" -> "90 degree"
     (r"(?i)(?<=[\d}]) ?\b(?:per ?cent|pct)\b", "%"),
     (r"(?<=[\d/]) ?secs?\b", " second"),  # "5 ft/sec" -> "5 ft/ second"
@@ -110,7 +110,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|theta|alpha|beta|arc\w{3})(?![A-Za-z])", r"\\\1 "),
     (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
     (r"\\sqrt ?\(([^()]*)\)|\\sqrt +(\d+|\w)", r"\\sqrt{\1\2}"), (r"\^ ?\(([^()]*)\)", r"^{\1}"),  # "sqrt(2)"
-    (r"(?i)^(?:the )?(?:empty|null) set$|^\{ *\}$|^no (?:real )?solutions?$", r"\\emptyset"),
+    (r"(?i)^(?:the )?(?:empty|null) set$|^\{ *\}$|^no (?:real )?solutions?\.?$", r"\\emptyset"),
     (r"(?i)\binfinite(?:ly many| number of)\b(?: solutions?)?", "infinite"),  # "infinitely many" -> "infinite"
     (r"(?i)^(?:it |the limit )?does(?: not|n't) exist$", "DNE"), (r"^<([^<>]*,[^<>]*)>$", r"(\1)"),  # "<1,2>" -> "(1,2)"
     (r"\{ *\\emptyset *\}", "the set of the empty set"),
@@ -120,6 +120,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"^([A-Za-z]) ?\\ne ([^<>=,]*)$", r"\1 < \2 or \1 > \2"),  # "x \ne 2" -> "x < 2 or x > 2"
     (r"^\[ ?\[.*\] ?\]$", lambda match: match[0].replace("[", "(").replace("]", ")")),
     (r"^(?:minus|negative)\b", "-"), (r"^(\d+) to (\d+)$", r"\1:\2"),
+    (r"[,;]? ?\(?(?:where )?[kmn] ?\\in ?Z ?\)?$", ""),  # "k\pi, k \in \mathbb{Z}" -> "k\pi"
     (r"^(?:on|in) (?:an? )?(?=[A-Z])", ""),  # "on a Monday" -> "Monday"
     (r"\b(first|second|third|fourth) quadrant\b", lambda match: "quadrant " + ORDINALS[match[1]]),
 )]
@@ -154,11 +155,12 @@ FILLER = set("a an the is are there of in it per all total altogether has have h
 ARTICLES = set("a an the is are and The An A".split())
 CURRENCIES = {"dollar", "euro", "pound", "yen", "cent"}
 UNIT_TAIL = re.compile(rf"(?i)(?:(?: per)?[ /]+(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})s?)+$")
-ATOM = r"(?:\\[a-z]+|[A-Z]{2,}|[A-Za-z])'*(?:_\w+)?(?:\^\{?-1\}?)?"
-QUANTITY = (rf"(?:(?:\\angle|\\triangle|\\overline|\\overrightarrow)? ?\{{?{ATOM}\}}? ?(?:{ATOM}|\([\w ,.+\\-]*\))?"
-            rf"|\|[A-Za-z\\]+\||\\frac ?\{{{ATOM}\}} ?\{{{ATOM}\}}|{CHINESE}+)")
+ATOM = r"(?:\\[a-z]+|[A-Z]{2,}|[A-Za-z])'*(?:_(?:\w+|\{[^{}]*\}))?(?:\^\{?-1\}?)?"
+QUANTITY = (rf"(?:(?:\\[a-z]+ ?(?:\d |(?=\\|[\dA-Z]))?)?\{{?{ATOM}\}}? ?(?:{ATOM}|\([\w ,.+|\\-]*\))?"
+            rf"|\|[A-Za-z \\]+\||\\frac ?\{{{ATOM}\}} ?\{{{ATOM}\}}|{CHINESE}+)")
 NAME = re.compile(rf"\(?{QUANTITY}(?: ?[,:/] ?{QUANTITY}){{0,9}}\)?")  # "x", "f(1)", "|AB|", "\\cos A", "a:b", "(p,q)"
 READABLE = r"[,;:=<>]|\bor\b|\band\b|\\(?:le|ge|ne|in|notin|cup|pm|ldots|approx|to)\b"
+LETTER = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]")  # of a variable, not of a command
 SEPARATOR = r",? ?\band\b|,? ?\bor\b|;|\\cup\b|\bU\b"
 RELATION = re.compile(r" ?(<|>|\\le\b|\\ge\b) ?")
 def depths(text: str) -> list[int]:
@@ -326,7 +328,7 @@ def named(text: str) -> tuple[str, str]:
         return "", text
     if len(parts) > 1 and not NAME.fullmatch(first) and NAME.fullmatch(last):
         first, last = last, first
-    return (first.replace(" ", ""), last) if len(parts) > 1 and NAME.fullmatch(first) else ("", text)
+    return (first.replace(" ", "").replace("f(x)", "y"), last) if len(parts) > 1 and NAME.fullmatch(first) else ("", text)
 
 
 def structure(text: str) -> tuple[str, list[str]]:
@@ -378,10 +380,13 @@ def same(gold: str, answer: str, verify) -> bool:
         return False
     if r"\begin" in answer:  # a sum of matrices
         return verify(gold, answer)
-    written, (gold, answer) = (gold, answer), map(interval, (gold, answer))
-    if RELATION.search(answer) and gold != written[0]:  # -x > -1
+    written = gold, answer
+    gold, answer = map(interval, written)
+    if all(map(RELATION.search, written)) and (gold == written[0]) != (answer == written[1]):  # -x > -1
         return verify(*written)
     (name, value), (answered_name, answered) = named(gold), named(answer)
+    if name[:1] == "(" and name[1:-1].split(",") == [named(part)[0] for part in split(answer, ",")]:  # (x,y) = (1,2)
+        return same(value, answer, verify)
     if name == answered_name != "" or name and not re.search(r"=|\\in\b", answer):
         return same(value, answered, verify)
     if answered_name and not re.search(r"=|\\in\b", gold):
@@ -412,10 +417,11 @@ def same(gold: str, answer: str, verify) -> bool:
         return False
     if "=" in answer and "=" not in gold:  # 3 + 4 = 7, \lim_{x \to 0} \cos x = 1
         working, _, result = answer.rpartition("=")
-        is_working = (not re.search(r"(?<![\\A-Za-z{])[A-Za-z]", working)
-                      or re.match(r"\\(?:lim|int|sum|prod)\b", working) or same(working, result, verify))
+        is_working = (not LETTER.search(working)
+                      or re.match(r"\\(?:lim|int|sum|prod)(?![a-z])", working) or same(working, result, verify))
         return bool(is_working) and same(gold, result, verify)
-    return ("=" in gold) == ("=" in answer) and verify(gold, answer)
+    is_unsolved = name and "=" in answer and not LETTER.search(value)  # 2x = 10 for x = 5
+    return ("=" in gold) == ("=" in answer) and not is_unsolved and verify(gold, answer)
 
 
 # ------------------------------------------------------------------------------------------------- found in a text
