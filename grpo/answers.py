@@ -1,159 +1,53 @@
 """What a written answer means: whether two of them say the same, as a careful human would read them.
 
-`same(gold, answer, verify)` brings both texts to one spelling, takes lists, sets, intervals and matrices apart, and
-compares dates, quantities with their units, multiple choice letters and words by itself, exactly. What is left is
-mathematics for `verify(gold, answer)`: math-verify in a guarded process, see `math_judge`. Where a human would hesitate
-the answer is wrong, because a reward for hedging teaches hedging.
+`same(gold, answer, verify)` brings both texts to one spelling (the rules and words are in spellings.txt), takes lists,
+sets, intervals and matrices apart, and compares dates, quantities with their units, multiple choice letters and words by
+itself, exactly. What is left is mathematics for `verify(gold, answer)`: math-verify in a guarded process, see
+`math_judge`. Where a human would hesitate the answer is wrong, because a reward for hedging teaches hedging.
 """
 import re
 from datetime import datetime
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
+from operator import eq
+from pathlib import Path
 
 from dateutil import parser as dates
 
 DEEPEST = 20  # brackets within brackets
-
-SPELLINGS = {  # what is written in the end: LaTeX commands (without the backslash) and characters that mean it
-    "": "left right displaystyle limits big Big bigl bigr Bigl Bigr ! ( ) [ ] # \u200b \u200e",
-    " ": ", ; : quad qquad \u00a0 \u202f", r"\\ ": "\\",
-    "-": "− – —", "*": "times cdot ast × ⋅ ·", "/": "÷ ⁄", ".": "。", ",": "、", "'": "‘ ’ “ ”",
-    "{": "lbrace", "}": "rbrace", "(": "langle ⟨ 【", ")": "rangle ⟩ 】", "<": "lt", ">": "gt", "|": "mid vert lvert rvert",
-    r"\frac": "dfrac tfrac cfrac", r"\sqrt ": "√", r"\pi ": "π", r"\theta ": "θ", r"\infty ": "∞", r"\pm ": "±",
-    r"\cup ": "bigcup ∪", r"\in ": "∈", r"\emptyset ": "oslash varnothing ∅", r"\ne ": "neq ≠", r"\approx ": "≈ thickapprox",
-    r"\le ": "leq leqslant ≤ ⩽ ≦", r"\ge ": "geq geqslant ≥ ⩾ ≧", r"\setminus ": "backslash ∖", r"\angle ": "∠",
-    r"\ldots ": "dots cdots …",
-    " degree ": "circ degree °", " dollar ": "$", " euro ": "€", " pound ": "£", " yen ": "¥", " cent ": "¢",
-    " 1/2": "½", " 1/4": "¼", " 3/4": "¾", " 1/3": "⅓", " 2/3": "⅔", r"(-\infty,\infty)": "ℝ",
-}
-SPELLING = {written: spelling for spelling, all_written in SPELLINGS.items() for written in all_written.split(" ")}
-SPELLING |= {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F) if not chr(code).isdigit()}  # "：" -> ":"
-SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
-CHINESE = "[\u4e00-\u9fff]"
-CHINESE_UNITS = dict(pair.split() for pair in (
-    "平方 square,立方 cubic,千米 km,公里 km,厘米 cm,毫米 mm,米 m,千克 kg,公斤 kg,克 g,吨 ton,毫升 ml,升 l,小时 hour,"
-    "分钟 minute,秒 second,天 day,周 week,个月 month,年 year,度 degree,美元 dollar,欧元 euro,元 yuan,万 *10000,亿 *10^8").split(","))
-
-CHINESE_HEDGES = "[约不或未非第乘除加减倍]|左右|至少|至多|最多|可能|大概|以上|以下"
-GUESS = re.compile(r"(?i)\b(?:maybe|perhaps|possibl[ey]|probably|approx\w*|but|could|might)\b")
-ORDINALS = dict(first="I", second="II", third="III", fourth="IV")
-
-
-def matrix(match) -> str:
-    """A LaTeX matrix as rows in brackets, a single column as one vector; as it is in a sum or product."""
-    if re.search(r"[-+*\d]\s*$", match.string[: match.start()]) or re.match(r"\s*(?:[-+*^]|\\cdot|\\times)", match.string[match.end():]):
-        return match[0]
-    rows = [row.split("&") for row in re.split(r"\\\\(?:\[\w+\])?", match[1]) if row.strip()]
-    return "(" + ",".join(row[0] if max(map(len, rows)) == 1 else f"({','.join(row)})" for row in rows) + ")"
-
-
-def thousands(match) -> str:
-    """Without thousands commas: "2,304" -> "2304", but "(100,200)" is a list, "(1,000, 200)" and "(1,000)" none."""
-    before, text = match.string[: match.start()], match.string
-    in_list = before.count("(") + before.count("[") + before.count("{") > sum(map(before.count, ")]}"))
-    return match[0] if in_list and ", " not in text and ",0" not in match[0] else match[0].replace(",", "")
-
-
-REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    # ---- several lines, markup
-    (r"(?is)^(?:(?!answer).)*\n(?:(?!answer).)*\banswer(?: is)?\W*[:=]", ""),  # "Step 1: Add\nFinal answer: 5" -> "5"
-    (r"<(b|i|u|em|strong)>([^<>]*)</\1>", r"\2"),  # "<b>5</b>" -> "5"
-    # ---- LaTeX
-    (r"\\begin\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?((?:.|\n)*?)\\end\{(?:[pbB]?matrix|array)\}", matrix),
-    (r"(?<=[\w)}\]])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^{" + match[0].translate(SMALL) + "}"),  # "x²" -> "x^{2}"
-    (r"(?<=[\w)}\]])[₀-₉]+", lambda match: "_" + match[0].translate(SMALL)),  # "x₁" -> "x_1"
-    (r"\\mathbb ?\{?R\}?|\b(?:all )?real numbers\b", r"(-\\infty,\\infty)"),  # "all real numbers"
-    (r"(?<=\d) ?(?:\{ ?, ?\}|,)(?: |\\!)*\\! ?(?=\d{3})|(?<=\d) ?\{ ?, ?\} ?(?=\d{3})", ","),  # "1{,}000", "1,\! 000" -> "1,000"
-    (r"\{([^{}]*)\\over\b([^{}]*)\}", r"\\frac{\1}{\2}"),  # "{1 \over 2}" -> "\frac{1}{2}"
-    (r"\\(?:text\w*|math\w+|mbox|operatorname|emph|vec|hat|f?box(?:ed)?)\s*\{([^{}]*)\}", r" \1 "),  # "\text{cm}" -> "cm"
-    (r"\\f?box(?:ed)?\s*\{(.*)\}", r"\1"),  # "\boxed{\frac{1}{2}}" -> "\frac{1}{2}"
-    (r"\\f?box(?:ed)? ", ""),  # "\boxed 5" -> "5"
-    (r"\\([A-Za-z]+|[^A-Za-z])|[^\x00-\x7f]",  # see SPELLINGS
-     lambda match: SPELLING.get(match[1] or match[0], match[0] if (match[1] or "a").isalpha() else match[1])),
-    (r"[\u2600-\u27bf\ufe0f\U0001f000-\U0001faff]", ""),  # "5 🎉" -> "5"
-    (r"(?<![\d,.])(\d+),(\d\d)(?= ?(?:\$|dollar|euro)(?! ?\d))", r"\1.\2"),  # "2,74 €" -> "2.74 €"
-    (r"^\s*[$]\s*(?=[^$]*$)|(?<=\s)[$](?=\d[^$]*$)|^-[$](?=[^$]*$)", lambda match: match[0].replace("$", " dollar ")),
-    (r"^(\d{4,}),(\d\d)$", r"\1.\2"),  # "1000,99" -> "1000.99"
-    (r"^~ ?(?=\d)|= ?~", r"\\approx "),  # "~3"
-    (r"[\s$~]+", " "), (r"^ +| +$", ""),
-    (r"\*\*(?=[\w({-])(?<=[\w)}]\*\*)", "^"),  # "x**2" -> "x^2"
-    (r"\*\*|__|[`\"]", ""), (r"^'(.*)'$", r"\1"),  # "**5**", "`5`", "'5'" -> "5"
-    (r"\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+) ?\}|\{([\d,]+)\}/\{([\d,]+)\}", r"\1\3/\2\4"),  # "{1}/{2}" -> "1/2"
-    # ---- Chinese
-    (rf"(?<=[\d}}%)]) ?(?:和|与|及)(?=[\d({{\\-])", ", "), (r"(?<=[\d})]) ?或者?(?= ?[\dA-Za-z({\\-])", " or "),  # "1和2" -> "1, 2"
-    (rf"(?<=[\d}}%)]) ?个?(?:[/每]?(?:{'|'.join(CHINESE_UNITS)}))+",  # "5平方米" -> "5 square m"
-     lambda match: re.sub("|".join(CHINESE_UNITS), lambda one: f" {CHINESE_UNITS[one[0]]}", match[0])),
-    (rf"^(?!.*(?:{CHINESE_HEDGES}))[^\d\\]*{CHINESE}[ :=]*(?=[\dA-Z\\([{{$-])", ""),  # "答案是5" -> "5"
-    (rf"(?<=[\d}}%)a-z]) ?{CHINESE}[^\d]*$", lambda m: m[0] if re.search(CHINESE_HEDGES, m[0]) else ""),  # "5颗糖" -> "5"
-    # ---- numbers, units, times
-    (r"(?<=\d)(?<!\d{4}) (?=\d{3}(?!\d))", ","),  # "1 000" -> "1,000"
-    (r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)", thousands),
-    (r"(?<![A-Za-z\\])([ap])\.? ?m\b\.?", r" \1m"), (r"(?i)(?:\b12 )?\bnoon\b", "12:00 pm"),  # "3 P.M." -> "3 pm"
-    (r"(?i)\bmidnight\b", "12:00 am"), (r"(?i) is (?:the|my) (?:final |correct )?answer\.?$", ""),
-    (r"(?i)[,;.] (?:because|since|as|so|it|which|in|that|where|thus|hence|altogether|overall|respectively)\b[^\d]*$",  # "5, in total" -> "5"
-     lambda match: match[0] if GUESS.search(match[0]) else ""),
-    (r"(?<=[\d}%)]) ?\( ?([A-Za-z]{2}[\w .^/{}]*)\)$", r" \1"),  # "9 (apples)" -> "9 apples"
-    (r"\^ ?\{? ?degree ?\}?|\bdegrees\b", " degree "),  # "90^\circ" -> "90 degree"
-    (r"(?i)(?<=[\d}]) ?\b(?:per ?cent|pct)\b", "%"),
-    (r"(?<=[\d/]) ?secs?\b", " second"),  # "5 ft/sec" -> "5 ft/ second"
-    (r"\bmph\b", "mile hour"), (r"\bkph\b", "km hour"), (r"\b(?:and )?(?:a|one)[- ]half\b", "1/2"),
-    (r"\{([:,])\}", r"\1"),
-    (r"\b0b([01]+)", r"\1_2"), (r"\b0x([\dA-F]+)", r"\1_16"), (r" ?\(?\b(?:in )?base (\w+)\)?", r"_\1"),  # "11 base 2"
-    (r"\(([\dA-Z]+)\)_", r"\1_"),
-    (r"(?<=[\d }])([ckm]?m|in|ft|yd|inch|inches|foot|feet|(?:centi|kilo|milli)?met(?:er|re)s?) ?\^ ?\{?([23])\}?(?!\w)",
-     lambda match: f" {'cubic' if match[2] == '3' else 'square'} {match[1]}"),  # "cm^2" -> "square cm"
-    # ---- functions, relations, sets
-    (r"(\\(?:sin|cos|tan|log|ln)) ?(\\[a-z]+|[a-z]) ?\*", r"\1(\2) *"),  # "\sin x * 2" -> "\sin(x) * 2"
-    (r"\\(sin|cos|tan|cot) ?\(?(\d+) degree\)?", r"\\\1(\2\\pi/180)"),  # "\sin 30^\circ" -> "\sin(30\pi/180)"
-    (r"_ ?\{ ?(\w+) ?\}", r"_\1"), (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "),  # "x_{1}" -> "x_1"
-    (r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|theta|alpha|beta|arc\w{3})(?![A-Za-z])", r"\\\1 "),
-    (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
-    (r"\\sqrt ?\(([^()]*)\)|\\sqrt +(\d+|\w)", r"\\sqrt{\1\2}"), (r"\^ ?\(([^()]*)\)", r"^{\1}"),  # "sqrt(2)"
-    (r"(?i)^(?:the )?(?:empty|null) set$|^\{ *\}$|^no (?:real )?solutions?\.?$", r"\\emptyset"),
-    (r"(?i)\binfinite(?:ly many| number of)\b(?: solutions?)?", "infinite"),  # "infinitely many" -> "infinite"
-    (r"(?i)^(?:it |the limit )?does(?: not|n't) exist$", "DNE"), (r"^<([^<>]*,[^<>]*)>$", r"(\1)"),  # "<1,2>" -> "(1,2)"
-    (r"\{ *\\emptyset *\}", "the set of the empty set"),
-    (r"^\{ ?[A-Za-z]( ?\\in[^|:]*)? ?[|:](.*)\}$", r"\2"),  # "{x | x > 1}" -> "x > 1"
-    (r"^([^\[\]()]*[<>][^\[\]()]*): *([(\[].*[)\]])$", r"\2"),  # "x > 1: (1,\infty)" -> "(1,\infty)"
-    (r"^\(-\\infty,\\infty\) ?(?:\\setminus|-) ?\{(.*)\}$", r"x \\ne \1"),  # "\mathbb{R}\setminus\{2\}"
-    (r"^([A-Za-z]) ?\\ne ([^<>=,]*)$", r"\1 < \2 or \1 > \2"),  # "x \ne 2" -> "x < 2 or x > 2"
-    (r"^\[ ?\[.*\] ?\]$", lambda match: match[0].replace("[", "(").replace("]", ")")),
-    (r"^(?:minus|negative)\b", "-"), (r"^(\d+) to (\d+)$", r"\1:\2"),
-    (r"[,;]? ?\(?(?:where )?[kmn] ?\\in ?Z ?\)?$", ""),  # "k\pi, k \in \mathbb{Z}" -> "k\pi"
-    (r"^(?:on|in) (?:an? )?(?=[A-Z])", ""),  # "on a Monday" -> "Monday"
-    (r"\b(first|second|third|fourth) quadrant\b", lambda match: "quadrant " + ORDINALS[match[1]]),
-)]
-LEAD_IN = re.compile(  # "So the final answer is", "Option", "The area is exactly", "Total =", "It ends at"
-    r"(?i)(?!(?:s?he|they|we|you|i) (?:is|are) [a-z])(?:(?:so|thus|hence|therefore),? +)?(?:"
-    r"(?:[a-z',()]+ +){0,9}?(?:is|are|be|equals?)\b:? *(?:exactly )?|"
-    r"(?:[a-z',()]+ +){1,9}?(?:at|ha[sd]|have|paid|(?:make|take|measure|cost|earn|get|pay)s?)(?= (?:dollar )?\d)|"
-    r"(?:the |final |correct )*(?:answer|result|option|choice)s?\b\W*?[:=]? *|"
-    r"[a-z]{2,} ?= ?)?")
-HEDGE = re.compile(
-    r"(?i)\b(?:or|not|never|about|approx\w*|roughly|around|maybe|perhaps|possibl[ey]|probably|either|neither|but|if|"
-    r"unless|between|than|least|most|less|more|fewer|over|under|nearly|almost|rounded|estimate\w*|too|except|cannot|"
-    r"can't|could|might|wrong|incorrect|twice|doubled?|tripled?|halved|half (?:of|the)|square of|root|divisible|any|"
-    r"multiple|factor(?:ial)?|pairs|score|\d+(?:st|nd|rd|th)|plus|minus|times|first|step|cases?)\b|"
-    r"n't\b|\?|\\approx|\.\.|"
-    r"\d ?-?(?:squared|cubed|ish)\b|\d ?'")
+TABLES = {  # of spellings.txt: {heading: its lines, as what is written and what it becomes}
+    heading: [[part.strip('"') for part in line.split("   # ")[0].split(" → ")] for line in lines if line]
+    for block in Path(__file__).with_name("spellings.txt").read_text(encoding="utf-8").split("\n== ")[1:]
+    for heading, *lines in [[block.partition(":")[0], *block.splitlines()[1:]]]}
+SYMBOLS = {written: spelling for all_written, spelling in TABLES["symbols"] for written in all_written.split()}
+SYMBOLS |= {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F) if not chr(code).isdigit()}  # "：" -> ":"
+SYMBOL = re.compile(rf"\\([A-Za-z]+|[^A-Za-z])|{'|'.join(re.findall('[一-鿿]{2,}', ' '.join(SYMBOLS)))}|[^\x00-\x7f]")
+FIRST, REWRITES, NUMERALS = ([(re.compile(pattern), replacement) for pattern, replacement in TABLES[heading]]
+                             for heading in ("first", "rewrites", "numerals"))
+UNITS = {word: spelling or word for all_written, spelling in TABLES["units"] for word in all_written.split()}
+UNITS |= {spelling: spelling for spelling in UNITS.values()}
+CURRENCIES = {"dollar", "euro", "pound", "yen", "cent"}
+SCALES = {word: int(value) for word, value in TABLES["numbers"]}
+HEDGE = re.compile(rf"(?i)\b(?:{'|'.join(line for line, in TABLES['hedges'])})\b|n't\b|\?|\\approx|\.\.|"
+                   r"\d ?-?(?:squared|cubed|ish)\b|\d ?'")
+FILLER = set(" ".join(line for line, in TABLES["filler"]).split())
+ARTICLES = set("a an the is are and The An A".split())
 NAMES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 SPELLED = {name: n for n, name in enumerate(NAMES)} | {
     ten + (f"-{NAMES[one]}" if one else ""): 10 * n + one for n, ten in enumerate(TENS, 2) for one in range(10)}
 SPELLED_OUT = re.compile(rf"(?i)\b({'|'.join(sorted(SPELLED, key=len, reverse=True)).replace('-', '[- ]')})\b")
-SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
-PARTS = dict(half=2, halve=2, third=3, quarter=4, fourth=4, fifth=5, sixth=6, seventh=7, eighth=8, ninth=9, tenth=10)
-UNITS = {word: line.split()[0] for line in """degree deg; dollar usd buck; euro eur; pound lb gbp; yen jpy; cent;
-m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre; inch inche; foot feet ft;
-yard yd; mile mi; g gram; kg kilogram; mg milligram; oz ounce; ton tonne; l liter litre; ml milliliter millilitre;
-s second sec; min minute; h hour hr; day; week wk; month; year yr; square sq squared; cubic cu cubed; radian rad; unit;
-c celsius; f fahrenheit; n newton; k kelvin; ohm""".split(";") for word in line.split()}
-FILLER = set("a an the is are there of in it per all total altogether has have had will be exactly only just left each "
-             "so on and he she they we i you gets needs pays spent costs".split())
-ARTICLES = set("a an the is are and The An A".split())
-CURRENCIES = {"dollar", "euro", "pound", "yen", "cent"}
+LEAD_IN = re.compile(  # "So the final answer is", "Option", "The area is exactly", "Total =", "It ends at"
+    r"(?i)(?!(?:s?he|they|we|you|i) (?:is|are) [a-z])(?:(?:so|thus|hence|therefore),? +)?(?:"
+    r"(?:[a-z',()]+ +){0,9}?(?:is|are|be|equals?)\b:? *(?:exactly )?|"
+    r"(?:[a-z',()]+ +){1,9}?(?:at|ha[sd]|have|paid|(?:make|take|measure|cost|earn|get|pay)s?)(?= (?:dollar )?\d)|"
+    r"(?:the |final |correct )*(?:answer|result|option|choice)s?\b\W*?[:=]? *|"
+    r"[a-z]{2,} ?= ?)?")
+CHINESE = "[\u4e00-\u9fff]"
+MATRIX = re.compile(r"\\begin\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?((?:.|\n)*?)\\end\{(?:[pbB]?matrix|array)\}")
+THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 UNIT_TAIL = re.compile(rf"(?i)(?:(?: per)?[ /]+(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})s?)+$")
 ATOM = r"(?:\\[a-z]+|[A-Z]{2,}|[A-Za-z])'*(?:_(?:\w+|\{[^{}]*\}))?(?:\^\{?-1\}?)?"
 QUANTITY = (rf"(?:(?:\\[a-z]+ ?(?:\d |(?=\\|[\dA-Z]))?)?\{{?{ATOM}\}}? ?(?:{ATOM}|\([\w ,.+|\\-]*\))?"
@@ -163,9 +57,28 @@ READABLE = r"[,;:=<>]|\bor\b|\band\b|\\(?:le|ge|ne|in|notin|cup|pm|ldots|approx|
 LETTER = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]")  # of a variable, not of a command
 SEPARATOR = r",? ?\band\b|,? ?\bor\b|;|\\cup\b|\bU\b"
 RELATION = re.compile(r" ?(<|>|\\le\b|\\ge\b) ?")
+
+
 def depths(text: str) -> list[int]:
     """How many brackets are open after each character."""
     return list(accumulate((letter in "({[") - (letter in ")}]") for letter in text))
+
+
+def matrix(match) -> str:
+    """A LaTeX matrix as rows in brackets, a single column as one vector."""
+    rows = [row.split("&") for row in re.split(r"\\\\(?:\[\w+\])?", match[1]) if row.strip()]
+    return "(" + ",".join(row[0] if max(map(len, rows)) == 1 else f"({','.join(row)})" for row in rows) + ")"
+
+
+def symbol(match) -> str:
+    """A LaTeX command or a character that is not ASCII as in spellings.txt; unknown ones as they are, "\%" as "%"."""
+    return SYMBOLS.get(match[1] or match[0], match[0] if (match[1] or "a").isalpha() else match[1])
+
+
+def thousands(match) -> str:
+    """Without thousands commas: "2,304" -> "2304", but "(100,200)" is a list, "(1,000, 200)" and "(1,000)" none."""
+    is_list = depths(match.string[: match.start()] or " ")[-1] > 0 and ", " not in match.string and ",0" not in match[0]
+    return match[0] if is_list else match[0].replace(",", "")
 
 
 @lru_cache(maxsize=10000)
@@ -173,9 +86,15 @@ def clean(text: str) -> str:
     """The text in one spelling, without decoration and lead-in; nothing, if no human would read it."""
     if max(depths(text), default=0) > DEEPEST:
         return ""
+    text = MATRIX.sub(matrix, text)
+    for pattern, replacement in FIRST:
+        text = pattern.sub(replacement, text)
+    text = SYMBOL.sub(symbol, text)
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
-    text = text.strip(" *_`#:=").rstrip(".,; *_")
+    if re.fullmatch(r"\[ ?\[.*\] ?\]", text):  # [[1,2],[3,4]]
+        text = text.replace("[", "(").replace("]", ")")
+    text = THOUSANDS.sub(thousands, text.strip(" *_`#:=").rstrip(".,; *_"))
     lead_in = LEAD_IN.match(text)
     if lead_in and not HEDGE.search(lead_in[0]):
         text = text[lead_in.end():]
@@ -196,7 +115,6 @@ def words(text: str) -> list[str]:
 
 
 def is_prose(text: str) -> bool:
-    text = re.sub(r"\\(?:begin|end) ?\{\w+\}", "", text)
     return bool(re.search(rf"(?<![\\A-Za-z_])(?!and\b)[A-Za-z']{{3}}|{CHINESE}", text))
 
 
@@ -214,18 +132,7 @@ def date(text: str) -> list | None:
         return None
 
 
-NUMERALS = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"(?<=\d) ?in$", " inch"),
-    (SPELLED_OUT, lambda match: str(SPELLED[match[0].lower().replace(" ", "-")])),
-    (r"(\d+) hundred(?: and)? (\d\d?)\b", lambda match: str(int(match[1]) * 100 + int(match[2]))),
-    (rf"(\d+)[- ]({'|'.join(PARTS)})s?\b", lambda match: f"{match[1]}/{PARTS[match[2]]}"),
-    (r"\.(\d*) ?\\(?:overline|bar) ?\{ ?(\d+) ?\}", r".\1~\2"),
-    (r"(?<![\d.*])(?<!\* )10 ?\^", "1*10^"),
-    (r"(\d)(?:[eE]| ?\* ?10 ?\^ ?)\{?([-+]?\d{1,3})(?!\d)\}?", r"\1@\2"),
-    (r"\\frac ?(?:\{(-?\d+)\}|(\d)) ?(?:\{(-?\d+)\}|(\d))", r" \1\2/\3\4 "),
-    (r"(?<=[a-z]) ?/ ?(?=[a-z])", " "),
-)]
-NUMBER = re.compile(r"(?P<sign>[-+]?) ?(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?:\.(?P<decimals>\d*)(?:~(?P<repeated>\d+))?)?"
+NUMBER = re.compile(r"(?P<sign>[-+]?) ?(?P<whole>\d*)(?:\.(?P<decimals>\d*)(?:~(?P<repeated>\d+))?)?"
                     r"(?:@(?P<exponent>[-+]?\d{1,3}))?"
                     r"(?: ?/ ?(?P<over>0*[1-9]\d*)| (?P<top>\d+) ?/ ?(?P<bottom>0*[1-9]\d*))? ?(?P<percent>%?)")
 
@@ -240,13 +147,14 @@ def quantity(text: str) -> tuple[Fraction, str, frozenset] | None:
         return (Fraction(int(based[1], base)), "", frozenset([f"base {base}"])) if valid else None
     if HEDGE.search(text):
         return None
+    text = SPELLED_OUT.sub(lambda match: str(SPELLED[match[0].lower().replace(" ", "-")]), text)
     for pattern, replacement in NUMERALS:
         text = pattern.sub(replacement, text)
     number = NUMBER.fullmatch(" ".join(re.sub(r"[A-Za-z][A-Za-z']*", " ", text).split()))
     if not number or not (number["whole"] or number["decimals"] or number["repeated"]):
         return None
-    whole, decimals, repeated = number["whole"].replace(",", ""), number["decimals"] or "", number["repeated"] or "0"
-    value = Fraction(f"{whole or 0}.{decimals or 0}e{number['exponent'] or 0}")
+    decimals, repeated = number["decimals"] or "", number["repeated"] or "0"
+    value = Fraction(f"{number['whole'] or 0}.{decimals or 0}e{number['exponent'] or 0}")
     value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(decimals))
     value = value / int(number["over"] or 1) + Fraction(int(number["top"] or 0), int(number["bottom"] or 1))
     units = set()
@@ -363,64 +271,66 @@ def same(gold: str, answer: str, verify) -> bool:
     closed = [re.sub(r"(?<!\d) | (?!\d)", "", text.casefold()) for text in (gold, answer)]
     if closed[0] == closed[1]:
         return True
-    if date(gold) and date(answer):
-        return date(gold) == date(answer)
-    quantities = quantity(gold), quantity(answer)
-    if all(quantities):
-        return same_quantity(*quantities)
-    if choice(gold) and choice(answer):
-        return choice(gold) == choice(answer)
-
+    for reading, equal in (date, eq), (quantity, same_quantity), (choice, eq):
+        meanings = reading(gold), reading(answer)
+        if all(meanings):
+            return equal(*meanings)
     if is_prose(gold) and words(gold) == words(answer) != []:
         return True
-    exact, is_rounded, _ = answer.partition(r"\approx")
+    exact, is_rounded, _ = answer.partition(r" \approx")
     if is_rounded:  # 1/3 \approx 0.33, but not x \approx 0.33
-        return bool(exact.strip()) and not NAME.fullmatch(exact.strip()) and same(gold, exact, verify)
-    if "?" in answer or gold.count(":") != answer.count(":") and "=" not in gold + answer:
+        return not NAME.fullmatch(exact) and same(gold, exact, verify)
+    if gold.count(":") != answer.count(":") and "=" not in gold + answer or re.search(r"\?|^\\approx", answer):
         return False
-    if r"\begin" in answer:  # a sum of matrices
-        return verify(gold, answer)
-    written = gold, answer
-    gold, answer = map(interval, written)
-    if all(map(RELATION.search, written)) and (gold == written[0]) != (answer == written[1]):  # -x > -1
-        return verify(*written)
-    (name, value), (answered_name, answered) = named(gold), named(answer)
-    if name[:1] == "(" and name[1:-1].split(",") == [named(part)[0] for part in split(answer, ",")]:  # (x,y) = (1,2)
-        return same(value, answer, verify)
-    if name == answered_name != "" or name and not re.search(r"=|\\in\b", answer):
-        return same(value, answered, verify)
-    if answered_name and not re.search(r"=|\\in\b", gold):
-        return same(gold, answered, verify)
 
+    intervals = interval(gold), interval(answer)
+    if all(map(RELATION.search, (gold, answer))) and (gold in intervals) != (answer in intervals):  # -x > -1
+        return verify(gold, answer)
+    gold, answer = intervals
+    (name, value), (answered_name, answered) = named(gold), named(answer)
+    has_name, answer_has_name = (re.search(r"=|\\in\b", text) for text in intervals)
+    names = [named(part)[0] for part in split(answer, ",")]
+    if name == answered_name != "" or name and (not answer_has_name or name == f"({','.join(names)})"):
+        return same(value, answered, verify)
+    if answered_name and not has_name:
+        return same(gold, answered, verify)
     (kind, golds), (answer_kind, answers) = structure(gold), structure(answer)
-    kinds = {kind, answer_kind} - {","}
     if len(golds) != len(answers):
         return False
     if len(golds) > 1:
-        names = [[named(part)[0] for part in parts] for parts in (golds, answers)]
-        in_order = sorted(all(one) and len(set(one)) == len(one) for one in names) == [False, True] and not all(map(any, names))
-        if not in_order and (kinds <= {"{}"} or kinds == {"and"} == {kind, answer_kind}):
-            for part in golds:
-                found = next((other for other in answers if same(part, other, verify)), None)
-                if found is None:
-                    return False
-                answers.remove(found)
-            return True
-        return (in_order or kinds == {"()"} or kind == answer_kind) and all(map(same, golds, answers, [verify] * len(golds)))
-    gold, answer = golds[0], answers[0]
+        return same_lists(golds, answers, {kind, answer_kind} - {","}, kind == answer_kind, verify)
+    return same_formula(golds[0], answers[0], verify, bool(name) and not LETTER.search(value))
 
+
+def same_lists(golds: list, answers: list, kinds: set, is_one_kind: bool, verify) -> bool:
+    """Whether two lists of one length are the same: sets, and lists without brackets, in any order."""
+    names = [[named(part)[0] for part in parts] for parts in (golds, answers)]
+    distinct = [all(parts) and len(set(parts)) == len(parts) for parts in names]
+    in_order = any(distinct) and not all(map(any, names))  # x = 1, y = 2 and 1, 2
+    if in_order or kinds and kinds != {"{}"} and not (kinds == {"and"} and is_one_kind):
+        return (in_order or kinds == {"()"} or is_one_kind) and all(map(same, golds, answers, [verify] * len(golds)))
+    for part in golds:
+        found = next((other for other in answers if same(part, other, verify)), None)
+        if found is None:
+            return False
+        answers.remove(found)
+    return True
+
+
+def same_formula(gold: str, answer: str, verify, is_solved: bool) -> bool:
+    """Whether two formulas are the same, each perhaps with a unit behind it, the answer's with its working before it."""
     tails = [UNIT_TAIL.search(text) for text in (gold, answer)]
     if any(tails) and not HEDGE.search(answer) and not (r"\pi" in gold and "degree" in gold + answer):
         units = [frozenset(map(unit, re.findall("[A-Za-z]+", tail[0] if tail else ""))) - {"per"} for tail in tails]
         return same_units(*units) and same(UNIT_TAIL.sub("", gold), UNIT_TAIL.sub("", answer), verify)
     if is_prose(gold) or is_prose(answer):
         return False
-    if "=" in answer and "=" not in gold:  # 3 + 4 = 7, \lim_{x \to 0} \cos x = 1
+    if "=" in answer and "=" not in gold:  # 3 + 4 = 7, \lim_{x \to 0} \cos x = 1, x^2 - 1 = (x - 1)(x + 1)
         working, _, result = answer.rpartition("=")
-        is_working = (not LETTER.search(working)
-                      or re.match(r"\\(?:lim|int|sum|prod)(?![a-z])", working) or same(working, result, verify))
+        is_working = (not LETTER.search(working) or re.match(r"\\(?:lim|int|sum|prod)(?![a-z])", working)
+                      or same(working, result, verify))
         return bool(is_working) and same(gold, result, verify)
-    is_unsolved = name and "=" in answer and not LETTER.search(value)  # 2x = 10 for x = 5
+    is_unsolved = is_solved and "=" in answer  # 2x = 10 for x = 5
     return ("=" in gold) == ("=" in answer) and not is_unsolved and verify(gold, answer)
 
 

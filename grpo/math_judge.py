@@ -132,12 +132,8 @@ def make_verify() -> tuple[Callable, Callable]:
         fraction = r"\frac{%d}{%d}" % Fraction(decimal[0]).as_integer_ratio()
         return fraction if decimal[0] == decimal.string else "{" + fraction + "}"
 
-    def as_matrix(rows):
-        return r"\begin{pmatrix}%s\end{pmatrix}" % re.sub(r"\) ?, ?\(", r"\\\\", rows[1]).replace(",", "&")
-
     def read(text):
         """The text as expressions with exact numbers, the letter i as the imaginary unit."""
-        text = re.sub(r"^\(\((.*)\)\)$", as_matrix, text)
         text = re.sub(r"\d*\.\d+", exact, text.replace("*", r" \cdot "))
         expressions = math_verify.parse(f"${text}$", latex_only, fallback_mode="no_fallback", parsing_timeout=None)
         return [expression.xreplace({symbol: I for symbol in expression.free_symbols if symbol.name == "i"})
