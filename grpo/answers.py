@@ -5,6 +5,7 @@ sets, intervals and matrices apart, and compares dates, quantities with their un
 itself, exactly. What is left is mathematics for `verify(gold, answer)`: math-verify in a guarded process, see
 `math_judge`. Where a human would hesitate the answer is wrong, because a reward for hedging teaches hedging.
 """
+import math
 import re
 from datetime import datetime
 from fractions import Fraction
@@ -28,23 +29,16 @@ FIRST, REWRITES, NUMERALS = ([(re.compile(pattern), replacement) for pattern, re
 UNITS = {word: spelling or word for all_written, spelling in TABLES["units"] for word in all_written.split()}
 UNITS |= {spelling: spelling for spelling in UNITS.values()}
 CURRENCIES = {"dollar", "euro", "pound", "yen", "cent"}
-SCALES = {word: int(value) for word, value in TABLES["numbers"]}
+SCALES = {word: int(value) for word, value in TABLES["scales"]}
 HEDGE = re.compile(rf"(?i)\b(?:{'|'.join(line for line, in TABLES['hedges'])})\b|n't\b|\?|\\approx|\.\.|"
                    r"\d ?-?(?:squared|cubed|ish)\b|\d ?'")
 FILLER = set(" ".join(line for line, in TABLES["filler"]).split())
 ARTICLES = set("a an the is are and The An A".split())
-NAMES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-         "seventeen eighteen nineteen").split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-SPELLED = {name: n for n, name in enumerate(NAMES)} | {
-    ten + (f"-{NAMES[one]}" if one else ""): 10 * n + one for n, ten in enumerate(TENS, 2) for one in range(10)}
-SPELLED_OUT = re.compile(rf"(?i)\b({'|'.join(sorted(SPELLED, key=len, reverse=True)).replace('-', '[- ]')})\b")
-LEAD_IN = re.compile(  # "So the final answer is", "Option", "The area is exactly", "Total =", "It ends at"
-    r"(?i)(?!(?:s?he|they|we|you|i) (?:is|are) [a-z])(?:(?:so|thus|hence|therefore),? +)?(?:"
-    r"(?:[a-z',()]+ +){0,9}?(?:is|are|be|equals?)\b:? *(?:exactly )?|"
-    r"(?:[a-z',()]+ +){1,9}?(?:at|ha[sd]|have|paid|(?:make|take|measure|cost|earn|get|pay)s?)(?= (?:dollar )?\d)|"
-    r"(?:the |final |correct )*(?:answer|result|option|choice)s?\b\W*?[:=]? *|"
-    r"[a-z]{2,} ?= ?)?")
+SPELLED = {word: int(value) for word, value in TABLES["numbers"]}
+SPELLED |= {f"{ten}-{one}": SPELLED[ten] + SPELLED[one] for ten in list(SPELLED)[20:] for one in list(SPELLED)[1:10]}
+SPELLED_OUT = re.compile(rf"(?i)\b({'|'.join(reversed(SPELLED)).replace('-', '[- ]')})\b")
+LEAD_IN = re.compile(r"(?i)(?!(?:s?he|they|we|you|i) (?:is|are) [a-z])(?:(?:so|thus|hence|therefore),? +)?"
+                     rf"(?:{'|'.join(line for line, in TABLES['lead-ins'])})?")
 CHINESE = "[\u4e00-\u9fff]"
 MATRIX = re.compile(r"\\begin\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?((?:.|\n)*?)\\end\{(?:[pbB]?matrix|array)\}")
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
@@ -70,6 +64,12 @@ def matrix(match) -> str:
     return "(" + ",".join(row[0] if max(map(len, rows)) == 1 else f"({','.join(row)})" for row in rows) + ")"
 
 
+def rewrite(text: str, rules: list) -> str:
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+    return text
+
+
 def symbol(match) -> str:
     """A LaTeX command or a character that is not ASCII as in spellings.txt; unknown ones as they are, "\%" as "%"."""
     return SYMBOLS.get(match[1] or match[0], match[0] if (match[1] or "a").isalpha() else match[1])
@@ -87,11 +87,7 @@ def clean(text: str) -> str:
     if max(depths(text), default=0) > DEEPEST:
         return ""
     text = MATRIX.sub(matrix, text)
-    for pattern, replacement in FIRST:
-        text = pattern.sub(replacement, text)
-    text = SYMBOL.sub(symbol, text)
-    for pattern, replacement in REWRITES:
-        text = pattern.sub(replacement, text)
+    text = rewrite(SYMBOL.sub(symbol, rewrite(text, FIRST)), REWRITES)
     if re.fullmatch(r"\[ ?\[.*\] ?\]", text):  # [[1,2],[3,4]]
         text = text.replace("[", "(").replace("]", ")")
     text = THOUSANDS.sub(thousands, text.strip(" *_`#:=").rstrip(".,; *_"))
@@ -115,7 +111,7 @@ def words(text: str) -> list[str]:
 
 
 def is_prose(text: str) -> bool:
-    return bool(re.search(rf"(?<![\\A-Za-z_])(?!and\b)[A-Za-z']{{3}}|{CHINESE}", text))
+    return bool(re.search(rf"(?<![\\A-Za-z_{{])(?!and\b)[A-Za-z']{{3}}|{CHINESE}", text))
 
 
 # ------------------------------------------------------------------------------------------------- readings
@@ -148,8 +144,7 @@ def quantity(text: str) -> tuple[Fraction, str, frozenset] | None:
     if HEDGE.search(text):
         return None
     text = SPELLED_OUT.sub(lambda match: str(SPELLED[match[0].lower().replace(" ", "-")]), text)
-    for pattern, replacement in NUMERALS:
-        text = pattern.sub(replacement, text)
+    text = rewrite(text, NUMERALS)
     number = NUMBER.fullmatch(" ".join(re.sub(r"[A-Za-z][A-Za-z']*", " ", text).split()))
     if not number or not (number["whole"] or number["decimals"] or number["repeated"]):
         return None
@@ -337,8 +332,8 @@ def same_formula(gold: str, answer: str, verify, is_solved: bool) -> bool:
 # ------------------------------------------------------------------------------------------------- found in a text
 
 FORMULA = re.compile(r"(?<!\\)(?:\$\$?|\\[()\[\]])")  # where one begins or ends
-BOX = re.compile(r"\\[{}]|\\f?box(?:ed)? *\{|\\boxed +(?P<bare>[^\s{}$\\]+)|[{}]")
-BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|\\q?quad|\\text ?\{ ?(?:and|or) ?\}|\b(?:and|or)\b)*")
+BETWEEN = re.compile(r"(?:[\s$,;]|\\q?quad|\\text ?\{ ?(?:and|or) ?\}|\b(?:and|or)\b)*")  # boxes and formulas of one answer
+
 
 def extract_answer(completion: str) -> str | None:
     """The text of the single complete `<answer>` block after the last `</think>`; None if there is no such block."""
@@ -370,28 +365,23 @@ def last_latex(text: str) -> str | None:
 def last_formula(text: str) -> str | None:
     """The last piece of LaTeX, of several with "," or "and" between them all."""
     pieces = FORMULA.split(text)  # every second one is LaTeX
-    found = pieces[1::2][: len(pieces) // 2]
-    between = pieces[2::2]
-    first = len(found) - 1
-    while first > 0 and re.fullmatch(r"\s*(?:,|,?\s*\b(?:and|or)\b)\s*", between[first - 1]):
-        first -= 1
-    return ", ".join(found[first:]) or None
+    last = first = len(pieces) - 3 + len(pieces) % 2
+    while first > 1 and BETWEEN.fullmatch(pieces[first - 1]) and pieces[first - 1].strip():
+        first -= 2
+    return ", ".join(pieces[first:last + 1:2]) or None if last > 0 else None
 
 
 def last_box(text: str) -> str | None:
     r"""What is inside the last complete box: `\boxed{5}`, `\fbox{5}`, `\boxed 5`; of several in a row all, with commas."""
-    openings, boxes = [], []  # (whether it is a box, its start, that of its inside); (start, end, inside)
-    for token in BOX.finditer(text):
-        if token["bare"]:
-            boxes.append((token.start(), token.end(), token["bare"]))
-        elif token[0] == "}" and openings:
-            is_box, start, inside = openings.pop()
-            if is_box:
-                boxes = [box for box in boxes[-9:] if box[0] < start]  # but for those inside
-                boxes.append((start, token.end(), text[inside: token.start()]))
-        elif token[0][-1] == "{" and token[0] != r"\{":
-            openings.append((len(token[0]) > 1, token.start(), token.end()))
-    found = [boxes.pop()] if boxes else []
-    while boxes and BETWEEN_BOXES.fullmatch(text[boxes[-1][1]: found[0][0]][:50]):
-        found.insert(0, boxes.pop())
-    return ", ".join(box[2] for box in found) or None
+    text = re.sub(r"\\boxed +([^\s{}$\\]+)", r"\\boxed{\1}", text)
+    found, begin = [], len(text)
+    for box in reversed([*re.finditer(r"\\f?box(?:ed)? *\{", text)][-100:]):
+        inside = text[box.end():][:1000]
+        levels = [*accumulate((letter == "{") - (letter == "}") for letter in re.sub(r"\\[{}]", "..", inside))]
+        end = box.end() + levels.index(-1) + 1 if -1 in levels else math.inf
+        if found and end <= begin and not BETWEEN.fullmatch(text[end:begin]):
+            break
+        if end <= begin:
+            found.insert(0, text[box.end(): end - 1])
+            begin = box.start()
+    return ", ".join(found) or None

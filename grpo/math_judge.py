@@ -120,8 +120,9 @@ WARM_UP = [("2+3i", "3-i"), (r"\sqrt{8}", r"2\sqrt{2}"), ("x^2-1", "(x-1)(x+1)")
 def make_verify() -> tuple[Callable, Callable]:
     """`read(text) -> expressions` and `verify(gold, answer) -> bool`, for text in the spelling of `clean`."""
     import math_verify
-    from sympy import Eq, Expr, I, Limit, Ne, Rational, Rel, degree
-    from sympy.concrete.expr_with_limits import ExprWithLimits
+    from sympy import Eq, Expr, I, Integral, Limit, Product, Rational, Sum
+
+    SLOW = Integral, Limit, Product, Sum  # at a point
 
     normalization = math_verify.LatexNormalizationConfig(basic_latex=True, units=False, malformed_operators=True,
                                                          boxed="none")
@@ -139,52 +140,34 @@ def make_verify() -> tuple[Callable, Callable]:
         return [expression.xreplace({symbol: I for symbol in expression.free_symbols if symbol.name == "i"})
                 for expression in expressions]
 
-    def solved(expression):
-        """A linear inequality as the interval of its solutions, -x > -1 as x < 1; everything else unchanged."""
-        is_linear = isinstance(expression, Rel) and not isinstance(expression, (Eq, Ne)) and all(
-            (expression.lhs - expression.rhs).is_polynomial(one) and degree(expression.lhs - expression.rhs, one) == 1
-            for one in expression.free_symbols)
-        return expression.as_set() if is_linear and len(expression.free_symbols) == 1 else expression
-
     def values(expression, symbols):
         """At four points, positive and negative, with 50 digits: equal there is equal, and tiny numbers differ."""
         random = Random(0)
-        for signs in ((1, 1), (1, 1), (-1, 1), (-1, -1)) if symbols else [(1, 1)]:
-            point = {symbol: random.choice(signs) * Rational(random.randint(100, 999), 271) for symbol in symbols}
-            yield expression.xreplace(point).evalf(50)
+        points = [{symbol: random.choice(signs) * Rational(random.randint(100, 999), 271) for symbol in symbols}
+                  for signs in ((1, 1), (1, 1), (-1, 1), (-1, -1))]
+        return [expression.xreplace(point).evalf(50) for point in points]
 
-    def equal_values(gold, answer):
+    def same_values(gold, answer):
         """Whether two expressions have equal values, or two equations the same solutions; None if that is open."""
         symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
-        both_equations = isinstance(gold, Eq) and isinstance(answer, Eq)
-        if both_equations:
+        are_equations = isinstance(gold, Eq) and isinstance(answer, Eq)
+        if are_equations:
             gold, answer = gold.lhs - gold.rhs, answer.lhs - answer.rhs
-        elif not isinstance(gold, Expr) or not isinstance(answer, Expr):
+        if not isinstance(gold, Expr) or not isinstance(answer, Expr) or symbols and (gold + answer).has(*SLOW):
             return None
-        if symbols and any(one.has(ExprWithLimits, Limit) for one in (gold, answer)):  # sums take long at a point
-            return None
-        if not symbols:
-            gold, answer = gold.doit(), answer.doit()
-            if gold.is_Rational and answer.is_Rational:
-                return gold == answer
-        pairs = list(zip(values(gold, symbols), values(answer, symbols)))
-        pairs = [pair for pair in pairs if all(value.is_number and value.is_finite for value in pair)
-                 and (not symbols or all(value.is_real for value in pair))]
-        if both_equations:
+        if not symbols and all(one.doit().is_Rational for one in (gold, answer)):
+            return gold.doit() == answer.doit()
+        pairs = [(a, b) for a, b in zip(values(gold, symbols), values(answer, symbols)) if a.is_finite and b.is_finite
+                 and (a.is_real and b.is_real or not symbols)]
+        if are_equations:
             pairs = [(a / b, pairs[0][0] / pairs[0][1]) for a, b in pairs if b]
-        if len(pairs) < min(2, 1 + len(symbols)):
-            return None
-        equal = all(abs(a - b) <= abs(a) * Rational(1, 10**40) for a, b in pairs)
-        return equal or (None if both_equations else False)
+        equal = len(pairs) > 1 and all(abs(a - b) <= abs(a) * Rational(1, 10**40) for a, b in pairs)
+        return equal or (False if len(pairs) > 1 and not are_equations else None)
 
     def verify(gold, answer):
         golds, answers = read(gold), read(answer)
-        if golds and answers:
-            gold, answer = solved(golds[0]), solved(answers[0])
-            equal = gold == answer or equal_values(gold, answer)
-            if equal is not None:
-                return equal
-        return math_verify.verify(golds, answers, float_rounding=10, timeout_seconds=None)
+        verdict = same_values(golds[0], answers[0]) if golds and answers else False
+        return math_verify.verify(golds, answers, float_rounding=10, timeout_seconds=None) if verdict is None else verdict
 
     return read, verify
 
