@@ -118,16 +118,16 @@ def is_prose(text: str) -> bool:
 
 def date(text: str) -> list | None:
     """A date or a time, read twice with other defaults, so that a missing part is no part that happens to agree."""
-    month = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
-    if len(text) > 40 or not re.search(rf"(?i)\d:\d\d|\d/\d+/\d|\d ?[ap]m\b|\d-\d\d?-\d|\b(?:{month})", text):
+    if len(text) > 40 or not DATE.search(text):
         return None
-    defaults, zones = (datetime(1999, 1, 1), datetime(2000, 2, 2)), re.findall(r"\b[A-Z]{1,3}T\b|\bUTC\b", text)
     try:
-        return [*zones, *(dates.parse(text, default=default, ignoretz=True) for default in defaults)]
+        read = [dates.parse(text, default=datetime(2000 + n, n, n), ignoretz=True) for n in (1, 2)]
+        return re.findall(r"\b[A-Z]{1,3}T\b|\bUTC\b", text) + read
     except (ValueError, OverflowError):
         return None
 
 
+DATE = re.compile(r"(?i)\d:\d\d|\d/\d+/\d|\d ?[ap]m\b|\d-\d\d?-\d|\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)")
 NUMBER = re.compile(r"(?P<sign>[-+]?) ?(?P<whole>\d*)(?:\.(?P<decimals>\d*)(?:~(?P<repeated>\d+))?)?"
                     r"(?:@(?P<exponent>[-+]?\d{1,3}))?"
                     r"(?: ?/ ?(?P<over>0*[1-9]\d*)| (?P<top>\d+) ?/ ?(?P<bottom>0*[1-9]\d*))? ?(?P<percent>%?)")
@@ -200,14 +200,10 @@ def choice(text: str) -> str | None:
 
 def split(text: str, separator: str) -> list[str]:
     """The parts of the text between separators (a regular expression) that are inside no brackets."""
-    parts, depth = [""], 0
-    for token in re.split(rf"([({{\[]|[)}}\]]|{separator})", text):
-        if depth == 0 and token and re.fullmatch(separator, token):
-            parts.append("")
-            continue
-        depth += (token in tuple("({[")) - (token in tuple(")}]"))
-        parts[-1] += token
-    return [part.strip() for part in parts if part.strip()]
+    levels = [0, *depths(text)]
+    cuts = [place for match in re.finditer(separator, text) if levels[match.start()] == 0 for place in match.span()]
+    parts = [text[start:end].strip() for start, end in zip([0, *cuts[1::2]], [*cuts[::2], len(text)])]
+    return list(filter(None, parts))
 
 
 def interval(text: str) -> str:
@@ -272,7 +268,7 @@ def same(gold: str, answer: str, verify) -> bool:
             return equal(*meanings)
     if is_prose(gold) and words(gold) == words(answer) != []:
         return True
-    exact, is_rounded, _ = answer.partition(r" \approx")
+    exact, is_rounded, _ = answer.partition(r" \approx ")
     if is_rounded:  # 1/3 \approx 0.33, but not x \approx 0.33
         return not NAME.fullmatch(exact) and same(gold, exact, verify)
     if gold.count(":") != answer.count(":") and "=" not in gold + answer or re.search(r"\?|^\\approx", answer):
@@ -294,7 +290,7 @@ def same(gold: str, answer: str, verify) -> bool:
         return False
     if len(golds) > 1:
         return same_lists(golds, answers, {kind, answer_kind} - {","}, kind == answer_kind, verify)
-    return same_formula(golds[0], answers[0], verify, bool(name) and not LETTER.search(value))
+    return same_formula(golds[0], answers[0], verify)
 
 
 def same_lists(golds: list, answers: list, kinds: set, is_one_kind: bool, verify) -> bool:
@@ -312,7 +308,7 @@ def same_lists(golds: list, answers: list, kinds: set, is_one_kind: bool, verify
     return True
 
 
-def same_formula(gold: str, answer: str, verify, is_solved: bool) -> bool:
+def same_formula(gold: str, answer: str, verify) -> bool:
     """Whether two formulas are the same, each perhaps with a unit behind it, the answer's with its working before it."""
     tails = [UNIT_TAIL.search(text) for text in (gold, answer)]
     if any(tails) and not HEDGE.search(answer) and not (r"\pi" in gold and "degree" in gold + answer):
@@ -325,8 +321,7 @@ def same_formula(gold: str, answer: str, verify, is_solved: bool) -> bool:
         is_working = (not LETTER.search(working) or re.match(r"\\(?:lim|int|sum|prod)(?![a-z])", working)
                       or same(working, result, verify))
         return bool(is_working) and same(gold, result, verify)
-    is_unsolved = is_solved and "=" in answer  # 2x = 10 for x = 5
-    return ("=" in gold) == ("=" in answer) and not is_unsolved and verify(gold, answer)
+    return ("=" in gold) == ("=" in answer) and verify(gold, answer)
 
 
 # ------------------------------------------------------------------------------------------------- found in a text
@@ -338,10 +333,8 @@ BETWEEN = re.compile(r"(?:[\s$,;]|\\q?quad|\\text ?\{ ?(?:and|or) ?\}|\b(?:and|o
 def extract_answer(completion: str) -> str | None:
     """The text of the single complete `<answer>` block after the last `</think>`; None if there is no such block."""
     _, thought, rest = completion.rpartition("</think>")
-    if not thought or rest.count("<answer>") != 1 or rest.count("</answer>") != 1:
-        return None
-    inside = rest.partition("<answer>")[2]
-    return inside.partition("</answer>")[0].strip() if "</answer>" in inside else None
+    is_single = re.findall("</?answer>", rest) == ["<answer>", "</answer>"]
+    return re.split("</?answer>", rest)[1].strip() if thought and is_single else None
 
 
 def gold_answer(gold) -> str:
