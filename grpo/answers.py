@@ -42,6 +42,7 @@ LEAD_IN = re.compile(r"(?i)(?!(?:s?he|they|we|you|i) (?:is|are) [a-z])(?:(?:so|t
 CHINESE = "[\u4e00-\u9fff]"
 MATRIX = re.compile(r"\\begin\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?((?:.|\n)*?)\\end\{(?:[pbB]?matrix|array)\}")
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+PLAIN = re.compile(r"-?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?")  # "-1,234.5"
 UNIT_TAIL = re.compile(rf"(?i)(?:(?: per)?[ /]+(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})s?)+$")
 ATOM = r"(?:\\[a-z]+|[A-Z]{2,}|[A-Za-z])'*(?:_(?:\w+|\{[^{}]*\}))?(?:\^\{?-1\}?)?"
 QUANTITY = (rf"(?:(?:\\[a-z]+ ?(?:\d |(?=\\|[\dA-Z]))?)?\{{?{ATOM}\}}? ?(?:{ATOM}|\([\w ,.+|\\-]*\))?"
@@ -84,6 +85,8 @@ def thousands(match) -> str:
 @lru_cache(maxsize=10000)
 def clean(text: str) -> str:
     """The text in one spelling, without decoration and lead-in; nothing, if no human would read it."""
+    if PLAIN.fullmatch(text):  # most are, and the rules take their time
+        return text.replace(",", "")
     if max(depths(text), default=0) > DEEPEST:
         return ""
     text = MATRIX.sub(matrix, text)
@@ -136,6 +139,8 @@ NUMBER = re.compile(r"(?P<sign>[-+]?) ?(?P<whole>\d*)(?:\.(?P<decimals>\d*)(?:~(
 @lru_cache(maxsize=10000)
 def quantity(text: str) -> tuple[Fraction, str, frozenset] | None:
     """One number, exactly: its value, "%" if it is a percentage, and the words beside it, units in one spelling."""
+    if PLAIN.fullmatch(text):
+        return Fraction(text), "", frozenset()
     based = re.fullmatch(r"([0-9A-Z]+)_(\w+)", text)
     if based:
         base = SPELLED.get(based[2].lower()) or int(based[2] if based[2].isdecimal() else 0)
