@@ -72,7 +72,7 @@ def rewrite(text: str, rules: list) -> str:
 
 
 def symbol(match) -> str:
-    """A LaTeX command or a character that is not ASCII as in spellings.txt; unknown ones as they are, "\%" as "%"."""
+    r"""A LaTeX command or a character that is not ASCII as in spellings.txt; unknown ones as they are, "\%" as "%"."""
     return SYMBOLS.get(match[1] or match[0], match[0] if (match[1] or "a").isalpha() else match[1])
 
 
@@ -295,7 +295,8 @@ def same(gold: str, answer: str, verify) -> bool:
         return False
     if len(golds) > 1:
         return same_lists(golds, answers, {kind, answer_kind} - {","}, kind == answer_kind, verify)
-    return same_formula(golds[0], answers[0], verify)
+    is_unsolved = name and "=" in answer and not LETTER.search(value)  # 2x = 10 for x = 5
+    return not is_unsolved and same_formula(golds[0], answers[0], verify)
 
 
 def same_lists(golds: list, answers: list, kinds: set, is_one_kind: bool, verify) -> bool:

@@ -60,7 +60,8 @@ def compare(gold: str, answer: str) -> bool:
 def is_readable(text: str) -> bool:
     found = clean(text)
     is_formula = "\\" in text or not is_prose(found)
-    return bool(found and (quantity(found) or choice(found) or is_formula and ask_judge(text, None)))
+    has_value = re.search(r"\d", text) and quantity(found) or choice(found)
+    return bool(found and (has_value or is_formula and ask_judge(text, None)))
 
 
 def too_dangerous_here(gold: str, answer: str):
