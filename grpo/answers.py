@@ -1,8 +1,8 @@
 """What a written answer means: whether two of them say the same, as a careful human would read them.
 
 `same(gold, answer, verify)` brings both texts to one spelling (the rules and words are in spellings.txt), takes lists,
-sets, intervals and matrices apart, and compares dates, quantities with their units, multiple choice letters and words by
-itself, exactly. What is left is mathematics for `verify(gold, answer)`: math-verify in a guarded process, see
+sets, intervals and matrices apart, and compares dates, quantities with their units, multiple choice letters and words
+by itself, exactly. What is left is mathematics for `verify(gold, answer)`: math-verify in a guarded process, see
 `math_judge`. Where a human would hesitate the answer is wrong, because a reward for hedging teaches hedging.
 """
 import math
@@ -119,6 +119,10 @@ def is_prose(text: str) -> bool:
 
 # ------------------------------------------------------------------------------------------------- readings
 
+DATE = re.compile(r"(?i)\d:\d\d|\d/\d+/\d|\d ?[ap]m\b|\d-\d\d?-\d|"
+                  r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)")
+
+
 def date(text: str) -> list | None:
     """A date or a time, read twice with other defaults, so that a missing part is no part that happens to agree."""
     if len(text) > 40 or not DATE.search(text):
@@ -130,7 +134,6 @@ def date(text: str) -> list | None:
         return None
 
 
-DATE = re.compile(r"(?i)\d:\d\d|\d/\d+/\d|\d ?[ap]m\b|\d-\d\d?-\d|\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)")
 NUMBER = re.compile(r"(?P<sign>[-+]?) ?(?P<whole>\d*)(?:\.(?P<decimals>\d*)(?:~(?P<repeated>\d+))?)?"
                     r"(?:@(?P<exponent>[-+]?\d{1,3}))?"
                     r"(?: ?/ ?(?P<over>0*[1-9]\d*)| (?P<top>\d+) ?/ ?(?P<bottom>0*[1-9]\d*))? ?(?P<percent>%?)")
@@ -232,7 +235,8 @@ def named(text: str) -> tuple[str, str]:
         return "", text
     if len(parts) > 1 and not NAME.fullmatch(first) and NAME.fullmatch(last):
         first, last = last, first
-    return (first.replace(" ", "").replace("f(x)", "y"), last) if len(parts) > 1 and NAME.fullmatch(first) else ("", text)
+    is_named = len(parts) > 1 and NAME.fullmatch(first)
+    return (first.replace(" ", "").replace("f(x)", "y"), last) if is_named else ("", text)
 
 
 def structure(text: str) -> tuple[str, list[str]]:
@@ -315,7 +319,7 @@ def same_lists(golds: list, answers: list, kinds: set, is_one_kind: bool, verify
 
 
 def same_formula(gold: str, answer: str, verify) -> bool:
-    """Whether two formulas are the same, each perhaps with a unit behind it, the answer's with its working before it."""
+    """Whether two formulas are the same, perhaps with units behind them, and the answer's with its working before it."""
     tails = [UNIT_TAIL.search(text) for text in (gold, answer)]
     if any(tails) and not HEDGE.search(answer) and not (r"\pi" in gold and "degree" in gold + answer):
         units = [frozenset(map(unit, re.findall("[A-Za-z]+", tail[0] if tail else ""))) - {"per"} for tail in tails]
@@ -333,7 +337,7 @@ def same_formula(gold: str, answer: str, verify) -> bool:
 # ------------------------------------------------------------------------------------------------- found in a text
 
 FORMULA = re.compile(r"(?<!\\)(?:\$\$?|\\[()\[\]])")  # where one begins or ends
-BETWEEN = re.compile(r"(?:[\s$,;]|\\q?quad|\\text ?\{ ?(?:and|or) ?\}|\b(?:and|or)\b)*")  # boxes and formulas of one answer
+BETWEEN = re.compile(r"(?:[\s$,;]|\\q?quad|\\text ?\{ ?(?:and|or) ?\}|\b(?:and|or)\b)*")  # boxes of one answer
 
 
 def extract_answer(completion: str) -> str | None:
@@ -371,7 +375,7 @@ def last_formula(text: str) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""What is inside the last complete box: `\boxed{5}`, `\fbox{5}`, `\boxed 5`; of several in a row all, with commas."""
+    r"""What is inside the last complete box, `\boxed{5}`, `\fbox{5}` or `\boxed 5`; of several in a row all, with commas."""
     text = re.sub(r"\\boxed +([^\s{}$\\]+)", r"\\boxed{\1}", text)
     found, begin = [], len(text)
     for box in reversed([*re.finditer(r"\\f?box(?:ed)? *\{", text)][-100:]):

@@ -112,7 +112,8 @@ def ask_judge(gold: str, answer: str | None) -> bool:
 WARM_UP = [("2+3i", "3-i"), (r"\sqrt{8}", r"2\sqrt{2}"), ("x^2-1", "(x-1)(x+1)"), ("y=2x+1", "y-2x=1"),
            (r"\frac{1+\sqrt{5}}{2}", r"\sqrt{5}"), (r"\sqrt{4}/4", r"\log_2 3"), ("x^2<4", r"x \ge 7"),
            (r"[0,1)\cup(2,\infty)", "(0,1]"), (r"\pi r^2", "x^3+8"), (r"\sin x", r"\cos x"), ("e^{2}", r"\ln 2"),
-           (r"\sum_{k=0}^{n-1} a_k a_{n-k}", r"\lim_{x \to 0} x^{-2}"), (r"y=-\frac{1}{2}x^2+4(x-1)^2", r"24+14*x+(-3)*x^2"),
+           (r"\sum_{k=0}^{n-1} a_k a_{n-k}", r"\lim_{x \to 0} x^{-2}"),
+           (r"y=-\frac{1}{2}x^2+4(x-1)^2", r"24+14*x+(-3)*x^2"),
            (r"\tan^{-1}(2)", r"\arctan 2"), (r"\int_0^1 x dx", r"\binom{5}{2}"), (r"\log_2(3)", "f(x)+5!")]
 
 
@@ -124,7 +125,8 @@ def make_verify() -> tuple:
     SLOW = Integral, Limit, Product, Sum  # at a point
 
     options = dict(basic_latex=True, units=False, malformed_operators=True, boxed="none")
-    latex_only = [math_verify.LatexExtractionConfig(normalization_config=math_verify.LatexNormalizationConfig(**options))]
+    normalization = math_verify.LatexNormalizationConfig(**options)
+    latex_only = [math_verify.LatexExtractionConfig(normalization_config=normalization)]
 
     def exact(decimal):
         """As a fraction; in braces if it does not stand alone, where math-verify would suspect a set, for 60 ms."""

@@ -271,7 +271,8 @@ def test_each_rule_does_what_its_example_says(pattern, replacement, before, afte
 
 BORDERLINE = [  # what takes longest of that which is right, and what has changed its verdict beside other processes
     ("x^2/4 + y^2/3 = 1", "x^2/16 + y^2/12 = 1/4"),
-    ("\\begin{pmatrix} 1 & 0 \\\\ 0 & 1 \\end{pmatrix}", "\\left(\\begin{array}{cc} 1 & 0 \\\\ 0 & 1 \\end{array}\\right)"),
+    ("\\begin{pmatrix} 1 & 0 \\\\ 0 & 1 \\end{pmatrix}",
+     "\\left(\\begin{array}{cc} 1 & 0 \\\\ 0 & 1 \\end{array}\\right)"),
     ("F_n = \\sum_{k=0}^{n-1} F_k F_{n-k-1}", "F_n = \\sum_{k=0}^{n-1} F_{n-k-1} F_k"),
     ("y_1=-2x^2+4x+3, y_2=3x^2+12x+10", "y_1=-2(x-1)^2+5, y_2=3(x+2)^2-2"),
     ("x^4-2x^3-13x^2+14x+24", "24+14*x+(-13)*x^2-2*x^3+x^4"),
