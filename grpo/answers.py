@@ -48,7 +48,6 @@ ATOM = r"(?:\\[a-z]+|[A-Z]{2,}|[A-Za-z])'*(?:_(?:\w+|\{[^{}]*\}))?(?:\^\{?-1\}?)
 QUANTITY = (rf"(?:(?:\\[a-z]+ ?(?:\d |(?=\\|[\dA-Z]))?)?\{{?{ATOM}\}}? ?(?:{ATOM}|\([\w ,.+|\\-]*\))?"
             rf"|\|[A-Za-z \\]+\||\\frac ?\{{{ATOM}\}} ?\{{{ATOM}\}}|{CHINESE}+)")
 NAME = re.compile(rf"\(?{QUANTITY}(?: ?[,:/] ?{QUANTITY}){{0,9}}\)?")  # "x", "f(1)", "|AB|", "\\cos A", "a:b", "(p,q)"
-READABLE = r"[,;:=<>]|\bor\b|\band\b|\\(?:le|ge|ne|in|notin|cup|pm|ldots|approx|to)\b"
 LETTER = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]")  # of a variable, not of a command
 SEPARATOR = r",? ?\band\b|,? ?\bor\b|;|\\cup\b|\bU\b"
 RELATION = re.compile(r" ?(<|>|\\le\b|\\ge\b) ?")
@@ -258,11 +257,6 @@ def structure(text: str) -> tuple[str, list[str]]:
     return "", [text]
 
 
-def can_be_read(text: str, read) -> bool:
-    """Whether each part of the text, between commas and relations, is something for `read(text) -> expressions`."""
-    return bool(text) and all(map(read, split(text, READABLE)))
-
-
 def same(gold: str, answer: str, verify) -> bool:
     """Whether the answer means what the gold answer means; `verify(gold, answer) -> bool` judges plain mathematics."""
     gold, answer = clean(gold), clean(answer)
@@ -319,7 +313,7 @@ def same_lists(golds: list, answers: list, kinds: set, is_one_kind: bool, verify
 
 
 def same_formula(gold: str, answer: str, verify) -> bool:
-    """Whether two formulas are the same, perhaps with units behind them, and the answer's with its working before it."""
+    """Whether two formulas are the same, perhaps with units behind, and the answer's with its working before it."""
     tails = [UNIT_TAIL.search(text) for text in (gold, answer)]
     if any(tails) and not HEDGE.search(answer) and not (r"\pi" in gold and "degree" in gold + answer):
         units = [frozenset(map(unit, re.findall("[A-Za-z]+", tail[0] if tail else ""))) - {"per"} for tail in tails]
@@ -375,7 +369,7 @@ def last_formula(text: str) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""What is inside the last complete box, `\boxed{5}`, `\fbox{5}` or `\boxed 5`; of several in a row all, with commas."""
+    r"""What is inside the last complete box, `\boxed{5}`, `\fbox{5}` or `\boxed 5`; of several in a row all."""
     text = re.sub(r"\\boxed +([^\s{}$\\]+)", r"\\boxed{\1}", text)
     found, begin = [], len(text)
     for box in reversed([*re.finditer(r"\\f?box(?:ed)? *\{", text)][-100:]):

@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from random import Random
 
-from grpo.answers import can_be_read, choice, clean, is_prose, quantity, same
+from grpo.answers import choice, clean, is_prose, quantity, same
 
 LONGEST_ANSWER = 1000  # characters; a longer answer is wrong
 JUDGE_SECONDS = 0.35  # of processor time for an answer that needs math-verify; one that takes longer is wrong
@@ -32,19 +32,9 @@ nursery = None  # (process, socket) once it runs
 
 def is_equal(gold: str, answer: str | None) -> bool:
     """Whether the answer means the same as the gold answer, see `answers.same`; mathematics goes to a judge."""
-    return bool(answer) and max(len(gold), len(answer)) <= LONGEST_ANSWER and in_time(compare, gold, answer)
-
-
-def is_mathematics(text: str) -> bool:
-    """Whether a gold answer can be read as a quantity, a letter of multiple choice, or by math-verify."""
-    return len(text) <= LONGEST_ANSWER and in_time(is_readable, text)
-
-
-def in_time(question, *texts: str) -> bool:
-    """A judge's verdict; False where it ran out of time, which is nothing to remember: `lru_cache` keeps no errors."""
     try:
-        return question(*texts)
-    except TimeoutError:
+        return bool(answer) and max(len(gold), len(answer)) <= LONGEST_ANSWER and compare(gold, answer)
+    except TimeoutError:  # no verdict to remember: `lru_cache` keeps no errors
         return False
 
 
@@ -57,11 +47,11 @@ def compare(gold: str, answer: str) -> bool:
 
 
 @lru_cache(maxsize=10000)
-def is_readable(text: str) -> bool:
-    found = clean(text)
-    is_formula = "\\" in text or not is_prose(found)
+def is_mathematics(text: str) -> bool:
+    """Whether a gold answer is a quantity in digits, a letter of multiple choice, or a formula, and no prose."""
+    found = clean(text) if len(text) <= LONGEST_ANSWER else ""
     has_value = re.search(r"\d", text) and quantity(found) or choice(found)
-    return bool(found and (has_value or is_formula and ask_judge(text, None)))
+    return bool(found and (has_value or "\\" in text or not is_prose(found)))
 
 
 def too_dangerous_here(gold: str, answer: str):
@@ -79,8 +69,8 @@ def require_math_verify() -> None:
         raise ValueError("math-verify, which compares answers, is not installed: pip install math-verify==0.9.0")
 
 
-def ask_judge(gold: str, answer: str | None) -> bool:
-    """Whether `answer` is the same as `gold`, or, without an answer, whether `gold` can be read. From any thread.
+def ask_judge(gold: str, answer: str) -> bool:
+    """Whether `answer` is the same as `gold`, from any thread.
 
     Processor time alone decides, however long a busy machine takes to grant it. TimeoutError if the judge used it up,
     or its memory, or stood still.
@@ -117,8 +107,8 @@ WARM_UP = [("2+3i", "3-i"), (r"\sqrt{8}", r"2\sqrt{2}"), ("x^2-1", "(x-1)(x+1)")
            (r"\tan^{-1}(2)", r"\arctan 2"), (r"\int_0^1 x dx", r"\binom{5}{2}"), (r"\log_2(3)", "f(x)+5!")]
 
 
-def make_verify() -> tuple:
-    """`read(text) -> expressions` and `verify(gold, answer) -> bool`, for text in the spelling of `clean`."""
+def make_verify():
+    """`verify(gold, answer) -> bool`, for text in the spelling of `clean`."""
     import math_verify
     from sympy import Eq, Expr, I, Integral, Limit, Product, Rational, Sum
 
@@ -173,13 +163,13 @@ def make_verify() -> tuple:
             verdict = math_verify.verify(golds, answers, float_rounding=10, timeout_seconds=None)
         return verdict
 
-    return read, verify
+    return verify
 
 
 def run_nursery() -> None:
     """The nursery's main loop. It ends when the parent is gone, because the socket on its stdin is then closed."""
     logging.disable()  # math-verify warns that its own time limit is off
-    read, verify = make_verify()
+    verify = make_verify()
     for pair in WARM_UP:
         verify(*pair)
     gc.freeze()
@@ -196,8 +186,7 @@ def run_nursery() -> None:
             signal.setitimer(signal.ITIMER_REAL, STANDSTILL_SECONDS)
             connection = socket.socket(fileno=descriptors[0])
             try:
-                verdict = same(gold, answer, verify) if answer is not None else can_be_read(clean(gold), read)
-                connection.send(b"1" if verdict else b"0")
+                connection.send(b"1" if same(gold, answer, verify) else b"0")
             except Exception:  # in what a model wrote: nobody's news
                 connection.send(b"0")
             finally:
