@@ -18,9 +18,10 @@ import importlib
 import itertools
 import math
 import re
+import warnings
 from functools import partial, wraps
 
-from grpo.answers import clean, extract_answer, gold_answer, last_latex
+from grpo.answers import extract_answer, gold_answer, last_latex
 from grpo.math_judge import LONGEST_ANSWER, get_ready, is_equal, is_mathematics
 from grpo.reward_model import reward_model  # noqa: F401: one of the functions
 
@@ -81,7 +82,7 @@ def check_answers(answer, rows=None, **columns) -> None:
         if not known or gold.lower() in NO_ANSWER:
             raise ValueError(f"row {row}: the answer is {value!r:.50}, "
                              "expected text or a number")
-        if len(gold) > LONGEST_ANSWER or not clean(gold):
+        if len(gold) > LONGEST_ANSWER or not is_equal(gold, gold):
             raise ValueError(f"row {row}: the answer {gold!r:.50} cannot be parsed "
                              f"or is over {LONGEST_ANSWER} letters")
 
@@ -118,12 +119,36 @@ def accuracy_reward(completions, solution, **columns) -> list[float | None]:
     None where the solution is not mathematics: Open R1 rewarded that once. It also swaps math-verify's two arguments,
     which changes the verdict on equations and inequalities.
     """
-    golds = [last_latex(str(gold)) or gold_answer(gold) for gold in solution]
+    golds = [gold_answer(gold) for gold in solution]
     values = []
     for text, gold in zip(texts(completions), golds, strict=True):
-        right = is_mathematics(gold) and is_equal(gold, last_latex(text))
+        found = last_latex(text.rpartition("</think>")[2])
+        right = is_mathematics(gold) and is_equal(gold, found)
         values.append(float(right) if is_mathematics(gold) else None)
     return values
+
+
+def check_solutions(solution, rows=None, **columns) -> None:
+    """A warning with the share of solutions that cannot be judged, in 500 of the rows; ValueError if none can be.
+
+    Those are the ones that are not mathematics, where the reward is None, and those that do not even equal themselves.
+    """
+    get_ready()
+    numbered = list(zip(rows or itertools.count(1), solution))
+    sample = numbered[:: len(numbered) // 500 + 1]
+    golds = [(row, gold_answer(gold)) for row, gold in sample]
+    bad = [(row, gold) for row, gold in golds
+           if not (is_mathematics(gold) and is_equal(gold, last_latex(f"\\boxed{{{gold}}}")))]
+    if bad:
+        row, gold = bad[0]
+        found = (f"{len(bad)} of {len(golds)} solutions cannot be judged, "
+                 f"the first in row {row}: {gold!r:.50}")
+        if len(bad) == len(golds):
+            raise ValueError(found)
+        warnings.warn(f"{found}; their reward is None or wrong", stacklevel=2)
+
+
+accuracy_reward.check = check_solutions
 
 
 def format_reward(completions, **columns) -> list[float]:
@@ -171,6 +196,9 @@ def len_reward(completions, solution, prompts=None, **columns) -> list[float | N
     return values
 
 
+len_reward.check = check_solutions
+
+
 def get_cosine_scaled_reward(
         min_value_wrong=-1.0, max_value_wrong=-0.5,
         min_value_correct=0.5, max_value_correct=1.0, max_len=1000):
@@ -189,6 +217,7 @@ def get_cosine_scaled_reward(
             value = end + (start - end) * (1 + cosine) / 2
             values.append(None if correct is None else value)
         return values
+    cosine_scaled_reward.check = check_solutions
     return cosine_scaled_reward
 
 

@@ -1,4 +1,5 @@
-"""Rewards judged in a second, on one core, and the share of answers that need math-verify in its guarded process.
+"""Rewards judged in a second, on one core, the share of answers that need math-verify in its guarded process, and how
+many of the labelled answers in tests/ are judged as they are labelled.
 
     python benchmarks/rewards.py
 """
@@ -37,21 +38,31 @@ def main() -> None:
     math_judge.ask_judge("1", "2")  # starts the process that imports math-verify
     rng = random.Random(0)
     completions, golds = zip(*(gsm8k_like(rng) for _ in range(COMPLETIONS)))
-    labelled = [json.loads(line) for line in (ROOT / "tests" / "answers.jsonl").read_text().splitlines()]
+    labelled, solved = ([json.loads(line) for line in (ROOT / "tests" / name).read_text().splitlines()]
+                        for name in ("answers.jsonl", "solutions.jsonl"))
     mathematics = [f"<think>a</think><answer>{row['answer']}</answer>" for row in labelled]
     mathematics_golds = [row["gold"] for row in labelled]
-    print(f"{'':42}{'a second':>10}{'through math-verify':>22}")
-    for name, function, texts, columns in [
-        ("reward_correct, like GSM8K", rewards.reward_correct, completions, {"answer": golds}),
-        ("reward_correct, tests/answers.jsonl", rewards.reward_correct, mathematics, {"answer": mathematics_golds}),
-        ("reward_format, like GSM8K", rewards.reward_format, completions, {}),
-        ("accuracy_reward, like GSM8K", rewards.accuracy_reward, completions, {"solution": golds}),
+    solutions = {"solution": [row["solution"] for row in solved]}
+    print(f"{'':42}{'a second':>10}{'through math-verify':>22}{'as labelled':>14}{'wrong accepted':>17}")
+    for name, function, texts, columns, rows in [
+        ("reward_correct, like GSM8K", rewards.reward_correct, completions, {"answer": golds}, []),
+        ("reward_correct, tests/answers.jsonl", rewards.reward_correct, mathematics, {"answer": mathematics_golds},
+         labelled),
+        ("reward_format, like GSM8K", rewards.reward_format, completions, {}, []),
+        ("accuracy_reward, like GSM8K", rewards.accuracy_reward, completions, {"solution": golds}, []),
+        ("accuracy_reward, tests/solutions.jsonl", rewards.accuracy_reward, [row["completion"] for row in solved],
+         solutions, solved),
     ]:
         asked.clear()
         start = time.perf_counter()
-        function(texts, **columns)
+        values = function(texts, **columns)
         rate = len(texts) / (time.perf_counter() - start)
-        print(f"{name:42}{rate:10,.0f}{len(asked) / len(texts):22.2%}")
+        print(f"{name:42}{rate:10,.0f}{len(asked) / len(texts):22.2%}", end="" if rows else "\n")
+        if rows:
+            accepted = [(value or 0) > 0 for value in values]
+            agreement = sum(one == row["right"] for one, row in zip(accepted, rows)) / len(rows)
+            wrong = [one for one, row in zip(accepted, rows) if not row["right"]]
+            print(f"{agreement:14.1%}{sum(wrong):10} of {len(wrong)}")
 
 
 if __name__ == "__main__":

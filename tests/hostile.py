@@ -82,22 +82,23 @@ FUNCTIONS = [
     rewards.get_repetition_penalty_reward(3, -1.0),
     rewards.reward_len,
 ]
+JUDGES = FUNCTIONS[:2]  # the others that compare answers call accuracy_reward
 
 
-def judge(name: str, outcomes: list) -> None:
-    """Every function on the hostile text as the answer, in a box, and alone; then a right answer after it."""
+def judge(name: str, functions: list, outcomes: list) -> None:
+    """Functions on the hostile text as the answer, in a box, and alone; then a right answer after it."""
     for completion in (
         f"<think>a</think>\n<answer>{HOSTILE[name]}</answer>",
         f"<think>a</think>\\boxed{{{HOSTILE[name]}}}",
         HOSTILE[name],
     ):
-        for function in FUNCTIONS:
+        for function in functions:
             start = time.monotonic()
             value = function([completion], answer=["5"], solution=["$5$"])[0]
-            right = function in FUNCTIONS[:2] and value > 0
+            right = function in JUDGES and value > 0
             outcomes.append((time.monotonic() - start, right, name, function.__name__))
     good = "<think>a</think><answer>0.5</answer>"
-    math_judge.is_equal.cache_clear()
+    math_judge.compare.cache_clear()
     if rewards.reward_correct([good], answer=["\\sqrt{4}/4"]) != [1.0]:
         outcomes.append((0.0, True, name, "the next completion was not judged as usual"))
 
@@ -105,20 +106,20 @@ def judge(name: str, outcomes: list) -> None:
 def main(threads: int, names) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     math_judge.ask_judge("1", "1")  # starts the process that imports math-verify, two seconds, once in a run
-    outcomes = []
+    outcomes, functions = [], JUDGES if threads else FUNCTIONS
     for name in names:
-        started = [threading.Thread(target=judge, args=(name, outcomes)) for _ in range(threads)]
+        started = [threading.Thread(target=judge, args=(name, functions, outcomes)) for _ in range(threads)]
         for thread in started:
             thread.start()
         for thread in started:
             thread.join()
         if not threads:
-            judge(name, outcomes)
+            judge(name, functions, outcomes)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
 
     from sympy.external.gmpy import GROUND_TYPES
 
-    expected = len(names) * 3 * len(FUNCTIONS) * max(1, threads)
+    expected = len(names) * 3 * len(functions) * max(1, threads)
     slowest = max(outcomes)
     print(json.dumps({
         "seconds": slowest[0],

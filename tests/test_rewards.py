@@ -142,10 +142,11 @@ def test_hostile_completions_are_wrong_within_two_seconds(threads, arithmetic, t
     env = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1"} if arithmetic == "python" else {}
     program = [sys.executable, ROOT / "tests" / "hostile.py", threads]
     run = subprocess.run(program, env=os.environ | env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    slower = max(1.0, os.getloadavg()[0] / os.cpu_count())  # processor time is limited, not the clock's
     found = json.loads(run.stdout)
     assert found["arithmetic"] == arithmetic and found["judged"]
     assert found["right"] == []
-    assert found["seconds"] < 2, found
+    assert found["seconds"] < 2 * slower, found
     assert found["grown_mb"] < 300
     assert not run.stderr and not list(tmp_path.iterdir())
 
@@ -223,7 +224,8 @@ def test_a_right_answer_is_not_lost_when_the_machine_stalls():
 
 
 def test_the_labelled_answers():
-    # 2,619 pairs, each labelled by hand: what a careful teacher would say who sees the gold answer and this one
+    # 3,167 pairs, each labelled by hand: what a careful teacher would say who sees the gold answer and this one; the
+    # kinds that begin with "public" are from the bug reports and tests of other graders
     rows = [json.loads(line) for line in (ROOT / "tests" / "answers.jsonl").read_text().splitlines()]
     assert len(rows) >= 300 and 0.4 < sum(row["right"] for row in rows) / len(rows) < 0.6
     wrong = []
@@ -232,6 +234,101 @@ def test_the_labelled_answers():
         wrong += [row] if verdict != row["right"] else []
     assert [row for row in wrong if not row["right"]] == []
     assert len(wrong) <= 0.02 * len(rows), wrong
+
+
+SOLUTIONS = [json.loads(line) for line in (ROOT / "tests" / "solutions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", sorted({row["kind"] for row in SOLUTIONS}))
+def test_the_labelled_solutions(kind):
+    rows = [row for row in SOLUTIONS if row["kind"] == kind]
+    for row in rows:
+        value = rewards.accuracy_reward([row["completion"]], solution=[row["solution"]])[0]
+        assert (value == 1) == row["right"], row
+
+
+def rules(*headings):
+    """(pattern, replacement, before, after) of the rules below these headings of spellings.txt."""
+    found, heading = [], None
+    for line in (ROOT / "grpo" / "spellings.txt").read_text().splitlines():
+        if line.startswith("== "):
+            heading = line[3:].partition(":")[0]
+        elif heading in headings and line:
+            rule, _, example = line.partition("   # ")
+            before, arrow, after = example.partition(" → ")
+            assert arrow, f"no example: {line}"
+            pattern, _, replacement = rule.partition(" → ")
+            found.append((pattern.strip('"'), replacement.strip('"'), before, after))
+    return found
+
+
+@pytest.mark.parametrize("pattern, replacement, before, after", rules("first", "rewrites", "numerals", "lead-ins"))
+def test_each_rule_does_what_its_example_says(pattern, replacement, before, after):
+    before = before.replace(".\\n", ".\n")
+    found = re.sub(pattern, replacement, before, flags=0 if "(?i" in pattern else re.IGNORECASE)
+    assert found != before and found.split() == after.split()
+
+
+BORDERLINE = [  # what takes longest of that which is right, and what has changed its verdict beside other processes
+    ("x^2/4 + y^2/3 = 1", "x^2/16 + y^2/12 = 1/4"),
+    ("\\begin{pmatrix} 1 & 0 \\\\ 0 & 1 \\end{pmatrix}",
+     "\\left(\\begin{array}{cc} 1 & 0 \\\\ 0 & 1 \\end{array}\\right)"),
+    ("F_n = \\sum_{k=0}^{n-1} F_k F_{n-k-1}", "F_n = \\sum_{k=0}^{n-1} F_{n-k-1} F_k"),
+    ("y_1=-2x^2+4x+3, y_2=3x^2+12x+10", "y_1=-2(x-1)^2+5, y_2=3(x+2)^2-2"),
+    ("x^4-2x^3-13x^2+14x+24", "24+14*x+(-13)*x^2-2*x^3+x^4"),
+    ("2x+4y-3=0", "y=-\\frac{1}{2}x+\\frac{3}{4}"),
+]
+
+
+def test_verdicts_do_not_depend_on_the_load_of_the_machine():
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * os.cpu_count())]
+    try:
+        for _ in range(2):
+            math_judge.compare.cache_clear()
+            assert [pair for pair in BORDERLINE if not math_judge.is_equal(*pair)] == []
+            assert not math_judge.is_equal("x^2/4 + y^2/3 = 1", "x^2/16 + y^2/12 = 1/3")
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def test_a_judge_that_ran_out_of_time_is_asked_again(monkeypatch):
+    asked = []
+
+    def slow_once(gold, answer):
+        asked.append(answer)
+        if len(asked) == 1:
+            raise TimeoutError
+        return True
+
+    monkeypatch.setattr(math_judge, "ask_judge", slow_once)
+    math_judge.compare.cache_clear()
+    assert [math_judge.is_equal("\\sqrt{5}", "\\sqrt{25/5}") for _ in range(3)] == [False, True, True]
+    assert len(asked) == 2
+    math_judge.compare.cache_clear()
+
+
+def test_a_missing_math_verify_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(math_judge.importlib.util, "find_spec", lambda name: None)
+    for function, columns in (reward_correct, {"answer": ["3"]}), (rewards.accuracy_reward, {"solution": ["$3$"]}):
+        with pytest.raises(SystemExit, match="math-verify, which compares answers, is not installed: pip install"):
+            check([function], columns)
+
+
+@pytest.mark.parametrize("function", [rewards.accuracy_reward, rewards.len_reward, rewards.get_cosine_scaled_reward()])
+def test_solutions_that_cannot_be_judged_are_counted(function):
+    check([function], {"solution": ["$3$", "#### 4", "so $x = \\boxed{5}$", "$-i$", "$69$,$84$"]})
+    with pytest.warns(UserWarning, match="2 of 4 solutions cannot be judged, the first in row 2: 'no mathematics'"):
+        check([function], {"solution": ["$3$", "no mathematics", "$4$", "\\frac{1}{"]})
+    with pytest.raises(SystemExit, match="2 of 2 solutions cannot be judged, the first in row 1: 'none'"):
+        check([function], {"solution": ["none", "an open question"]})
+
+
+def test_a_solution_in_the_column_answer_is_judged_by_its_box():
+    gold = "We have $2x=10$, so $x=\\boxed{5}$."
+    check_answers([gold])
+    assert reward_correct([answered("5"), answered("10")], answer=[gold] * 2) == [1.0, -1.0]
 
 
 def test_a_gold_answer_that_cannot_be_parsed_is_an_error():
