@@ -156,11 +156,9 @@ def set_token_weights(groups: list[Group]) -> None:
     counted = [one for one in samples_of(groups) if one.ended or not MASK_TRUNCATED]
     completions = PROMPTS_PER_STEP * GROUP_SIZE
     tokens_in_step = distributed.reduce([sum(len(one.tokens) for one in counted)])[0]
-    divisors = dict.fromkeys(("dapo", "bnpo", "cispo"), tokens_in_step)
-    divisors["dr_grpo"] = MAX_COMPLETION_TOKENS * completions
     for one in counted:
-        divisors["grpo"] = len(one.tokens) * completions  # eq. 3: 1/G, 1/length
-        one.weight = 1 / divisors[LOSS_TYPE]
+        length = {"grpo": len(one.tokens), "dr_grpo": MAX_COMPLETION_TOKENS}.get(LOSS_TYPE)
+        one.weight = 1 / (length * completions if length else tokens_in_step)  # eq. 3: 1/G, 1/length
 
 
 def GRPO_step(logps: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -288,7 +286,7 @@ def main():
         log.write(row, groups[0], rewards)
         if REF_SYNC_EVERY and step % REF_SYNC_EVERY == 0:  # algorithm 1: I
             reference.renew(policy, OUTPUT_DIR, f"{start}-{step}", REF_MIXUP_ALPHA)
-        stop = distributed.largest(distributed.stopping.is_set())
+        stop = any(distributed.of_all(distributed.stopping.is_set()))
         if stop or SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
             checkpoint.save(engine, policy, OUTPUT_DIR, step, KEEP_CHECKPOINTS)
         skipped = skipped + 1 if row["skipped_updates"] else 0

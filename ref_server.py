@@ -31,7 +31,7 @@ import waitress
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 
-from grpo.constants import Over, override_constants
+from grpo.constants import Over, explained, override_constants
 from grpo.policy import batched_logps, load_model
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name: the model that the policy starts from
@@ -141,7 +141,7 @@ def accept_weights(app, model, name: str, worker, served: dict) -> None:
     def weights(reference):
         start, size = (bottle.request.query.get(key, -1, type=int) for key in ("start", "size"))
         body = bottle.request.environ["wsgi.input"].read()
-        expect(0 < size <= largest, f"size={size}: expected 1 to {largest} bytes of safetensors")
+        expect(0 < size <= largest, f"size={size}: expected 1 to {largest} bytes")
         expect(0 <= start < start + len(body) <= size, f"start={start}: not the place of {len(body)} in {size} bytes")
         try:
             if start == 0 and reference not in arriving:
@@ -175,11 +175,10 @@ def accept_weights(app, model, name: str, worker, served: dict) -> None:
 def main():
     token = os.environ.get("REF_TOKEN", "")
     if HOST not in ("127.0.0.1", "localhost") and not token:
-        raise SystemExit(f"HOST={HOST} can be reached from other machines: set REF_TOKEN in the environment first")
-    try:
+        raise SystemExit(f"HOST={HOST} can be reached from other machines: set REF_TOKEN first")
+    hint = " (choose another with PORT=...)"
+    with explained(f"cannot listen on {HOST}:{PORT}", OSError, hint):
         listener = socket.create_server((HOST, PORT), backlog=1024)  # before the model is loaded, to fail at once
-    except OSError as error:
-        raise SystemExit(f"cannot listen on {HOST}:{PORT}: {error.strerror} (choose another with PORT=...)")
     model, _ = load_model(MODEL, dtype=DTYPE, trust_remote_code=TRUST_REMOTE_CODE)
     if model.device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the trainer may be on the same cores

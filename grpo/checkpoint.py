@@ -22,9 +22,9 @@ import torch.distributed as dist
 from transformers.utils import cached_file
 
 from grpo import report
-from grpo.constants import require
+from grpo.constants import explained, require
 from grpo.data import digests
-from grpo.distributed import explained, of_all
+from grpo.distributed import of_all
 from grpo.scoring import name_of
 
 MAY_CHANGE = ("OUTPUT_DIR RESUME STEPS SAVE_EVERY EVAL_EVERY KEEP_CHECKPOINTS REF_SERVER "

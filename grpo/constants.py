@@ -1,5 +1,9 @@
-"""The upper-case names at the top of a script: set for one run as NAME=value, checked before anything starts."""
+"""The upper-case names at the top of a script: set for one run as NAME=value, checked before anything starts.
+
+And how whatever is wrong becomes one sentence.
+"""
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import get_annotations
 from math import inf
@@ -10,6 +14,16 @@ def require(condition, sentence: str) -> None:
     """SystemExit with the sentence if the condition does not hold."""
     if not condition:
         raise SystemExit(sentence)
+
+
+@contextmanager
+def explained(sentence: str, errors=Exception, hint=""):
+    """A context in which an error of these classes becomes SystemExit: the sentence, the error, its cause, a hint."""
+    try:
+        yield
+    except errors as error:
+        reason = " ".join(f"{type(error).__name__}: {error} {error.__cause__ or ''}".split())
+        raise SystemExit(f"{sentence}: {reason:.700}{hint}") from error
 
 
 @dataclass(frozen=True)

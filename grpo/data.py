@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from jinja2 import TemplateError
 
-from grpo.constants import require
+from grpo.constants import explained, require
 from grpo.types import Prompt
 
 
@@ -19,10 +19,8 @@ def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, ques
     it is, or chat messages, of which a last one of the assistant is continued. SystemExit says what is wrong.
     """
     require(name, "DATASET is empty: name a file or a data set of the hub")
-    try:
+    with explained(f"cannot read the data set {name}"):
         rows = read(name)
-    except Exception as error:  # `datasets` has its own for broken files, and only their cause says something
-        raise SystemExit(f"cannot read the data set {name}: {error} {error.__cause__ or ''}".strip()) from error
     prompts, names = [], list(rows[0]) if rows else []
     if question not in names and "prompt" not in names:
         hint = "; conversations are ShareGPT's: make them prompt, with role and content" * ("conversations" in names)

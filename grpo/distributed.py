@@ -1,4 +1,4 @@
-"""The processes of a run: start, share values, turn errors into sentences, shut down.
+"""The processes of a run: start, share values, shut down.
 
 `deepspeed` starts one process for each GPU, `python` a single one. If a process fails, all end, and its error is the
 last one on the screen. SIGTERM or Ctrl-C ends the run after the current step; the same signal again ends it at once.
@@ -8,11 +8,12 @@ import signal
 import sys
 import threading
 import traceback
-from contextlib import contextmanager
 
 import deepspeed
 import torch
 import torch.distributed as dist
+
+from grpo.constants import explained
 
 stopping = threading.Event()  # set by a signal: end the run after the current step
 
@@ -30,15 +31,6 @@ def start() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-@contextmanager
-def explained(sentence: str, errors=Exception, hint=""):
-    """A context in which an error of these classes becomes SystemExit: the sentence, the error, and a hint."""
-    try:
-        yield
-    except errors as error:
-        raise SystemExit(f"{sentence}: {type(error).__name__}: {error}{hint}") from error
-
-
 def of_all(value) -> list:
     """The value, any picklable object, of every process, in their order."""
     values = [None] * dist.get_world_size()
@@ -49,11 +41,6 @@ def of_all(value) -> list:
 def reduce(values: list[float | torch.Tensor]) -> list[float]:
     """Each value summed over all processes."""
     return [sum(some) for some in zip(*of_all([float(value) for value in values]))]
-
-
-def largest(value: float) -> float:
-    """The largest of all processes' values."""
-    return max(of_all(value))
 
 
 def std(values: list[float]) -> float:

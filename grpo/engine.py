@@ -6,8 +6,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from grpo.constants import require
-from grpo.distributed import explained, of_all
+from grpo.constants import explained, require
+from grpo.distributed import of_all
 from grpo.types import Group, MicroBatch, Prompt, Sample, in_batches, micro_batch, samples_of
 
 

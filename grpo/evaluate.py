@@ -34,13 +34,13 @@ MODEL = "examples/arithmetic/model"  # local folder or hub name; or two of them,
 DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either by name
 TRUST_REMOTE_CODE = False  # True runs the Python files of MODEL, if it has any
 EVAL_DATASET = "examples/arithmetic/heldout.jsonl"  # .jsonl, .parquet, or hub name[:config[:split]]
-EVAL_SAMPLES: Over(0) = 8  # completions of each problem at TEMPERATURE, for avg@k and pass@k
+EVAL_SAMPLES: Over(0, 2**16) = 8  # completions of each problem at TEMPERATURE, for avg@k and pass@k
 QUESTION_COLUMN = "question"  # holds the problem
 SYSTEM_PROMPT = "First reason between <think> and </think>, then give the answer between <answer> and </answer>."
 REWARDS = ["reward_correct", "reward_format"]  # names of rewards.py, or module:function; the first counts as accuracy
 OUTPUT_DIR = "runs/arithmetic"  # evaluation.json, .jsonl and .html
 SEED: Over(-1, 2**31 - 1) = 0
-TEMPERATURE: Over(0) = 1.0
+TEMPERATURE: Over(1e-6) = 1.0
 MAX_PROMPT_TOKENS = 128  # longer prompts are left out
 MAX_COMPLETION_TOKENS: Over(0) = 64
 MIN_COMPLETION_TOKENS = 0
@@ -112,7 +112,7 @@ def complete_all(name: str, rewards: list[Reward]) -> dict[int, list[dict]]:
     rollouts = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
     size = -(-len(prompts) // world) if SAMPLER == "vllm" else max(1, MAX_SEQUENCES // EVAL_SAMPLES)
     blocks = [prompts[start : start + size] for start in range(0, len(prompts), size)][rank::world]
-    found, everybody = {prompt.number: [] for block in blocks for prompt in block}, [None] * world
+    found = {prompt.number: [] for block in blocks for prompt in block}
     for block in tqdm(blocks, name, unit="block", disable=rank > 0 or None):
         seeds = [SEED << 32 | prompt.number for prompt in block]
         greedy = rollouts(block, 1, 0.0)
@@ -122,8 +122,7 @@ def complete_all(name: str, rewards: list[Reward]) -> dict[int, list[dict]]:
             for sample in samples_of(groups):
                 answers = found[sample.prompt.number]
                 answers.append(row(name, len(answers), sample, rewards))
-    dist.all_gather_object(everybody, found)
-    return {number: answers for part in everybody for number, answers in part.items()}
+    return {number: answers for part in distributed.of_all(found) for number, answers in part.items()}
 
 
 def row(model: str, number: int, sample: Sample, rewards: list[Reward]) -> dict:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from grpo.attention import layout, pack_attention
-from grpo.constants import require
+from grpo.constants import explained, require
 from grpo.fused import fuse
 from grpo.head import head_logps
 from grpo.types import split
@@ -79,11 +79,12 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
     require(path, "MODEL is empty: name a folder or a model of the hub")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     trust = {"trust_remote_code": trust_remote_code}
-    try:
+    hint = " (TRUST_REMOTE_CODE=True runs a model's own code; the embedded model: python examples/arithmetic.py)"
+    with explained(f"cannot load MODEL={path}", hint=hint):  # broken files may raise anything
         names = AutoConfig.from_pretrained(path, **trust).architectures or []
         has_vision = any("ConditionalGeneration" in name for name in names)
         kind = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
-        model = whole(kind, path, dtype=dtype_called(dtype), **trust).to(device).eval()
+        model = from_pretrained(kind, path, dtype=dtype_called(dtype), **trust).to(device).eval()
         if os.path.exists(f"{path}/generation_config.json"):
             type(model.generation_config).from_pretrained(path)  # without one that is broken transformers just goes on
         if has_vision:  # what sees is never used here
@@ -96,10 +97,6 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
             torch.backends.cuda.enable_cudnn_sdp(False)  # makes a plan for each new shape: at every decoded token
         tokenizer = AutoTokenizer.from_pretrained(path, **trust)
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    except Exception as error:  # broken files may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).replace("trust_remote_code", "TRUST_REMOTE_CODE")
-        hint = "the embedded model: python examples/arithmetic.py"
-        raise SystemExit(f"cannot load MODEL={path}: {reason:.700} ({hint})") from error
     repair(model)
     config, rows = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
     longest = getattr(config, "max_position_embeddings", tokens)
@@ -112,7 +109,7 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
     return model, tokenizer
 
 
-def whole(kind, path: str, **options):
+def from_pretrained(kind, path: str, **options):
     """`kind.from_pretrained`, or ValueError where transformers goes on with random numbers for missing weights."""
     model, found = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     wrong = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}

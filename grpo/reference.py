@@ -19,10 +19,11 @@ from urllib.parse import urlencode
 import requests
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
 from grpo.checkpoint import merged
+from grpo.constants import explained
 from grpo.metrics import Metrics
 from grpo.policy import token_logps
 from grpo.types import Group, MicroBatch, Sample, in_batches, pack, samples_of
@@ -198,11 +199,9 @@ def write_reference(file: Path, model, alpha: float) -> None:
         with safe_open(file, "pt") as old:
             weights = {name: old.get_tensor(name).float().lerp(tensor.cpu().float(), alpha)
                        for name, tensor in weights.items()}
-    try:
+    with explained(f"cannot write {file}"):
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file.with_suffix(".unfinished"))
         os.replace(file.with_suffix(".unfinished"), file)
-    except (OSError, SafetensorError) as error:
-        raise SystemExit(f"cannot write {file}: {error}") from error
 
 
 def send(servers: str, weights: Weights, patience=300.0, bytes_at_once: int = 2**20) -> None:

@@ -11,11 +11,11 @@ def reward_model(path: str, device=None, batch_size: int = 16):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from grpo.policy import whole
+    from grpo.policy import from_pretrained
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = device or (gpu if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
-    model = whole(AutoModelForSequenceClassification, path).to(device).eval()
+    model = from_pretrained(AutoModelForSequenceClassification, path).to(device).eval()
     if model.config.num_labels != 1:
         raise ValueError(f"the reward model {path} has {model.config.num_labels} labels: expected 1")
     tokenizer.pad_token = pad = tokenizer.pad_token or tokenizer.eos_token

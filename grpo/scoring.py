@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from transformers import TrainerState
 
-from grpo.constants import require
-from grpo.distributed import explained
+from grpo.constants import explained, require
 from grpo.metrics import Metrics
 from grpo.types import Group, Prompt, samples_of, tokens_until
 

@@ -370,7 +370,7 @@ def test_a_model_with_code_of_its_own_is_run_on_request_and_saved_with_it(run, l
     score = "-m", "grpo.evaluate", "EVAL_DATASET=ok.jsonl", f"OUTPUT_DIR={tmp_path}/evaluation"
     for code, text in (train(run, tmp_path, model), run(*score, model),
                        run(str(ROOT / "ref_server.py"), model, "PORT=0")):
-        assert code == 1 and "Traceback" not in text and "`TRUST_REMOTE_CODE=True` to allow" in text, text
+        assert code == 1 and "Traceback" not in text and "TRUST_REMOTE_CODE=True runs a model's own code" in text, text
 
     process = launch("ref_server.py", model, trust, "PORT=0")
     words = model, trust, f"REF_SERVER={process.wait_for('http://127.0.0.1:[0-9]+')[0]}", "BETA=0.1", "SAVE_EVERY=1"
