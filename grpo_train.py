@@ -217,20 +217,20 @@ def main():
     settings = tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN
     train = load_prompts(DATASET, *settings)
     heldout = load_prompts(EVAL_DATASET, *settings) if EVAL_EVERY and EVAL_DATASET else []
-    check_rewards(rewards, train, heldout)
+    check_rewards(rewards, tokenizer, train, heldout)
     checkpoint.rehearse(policy, OUTPUT_DIR)
     longest, samples = max(len(prompt.ids) for prompt in train), PROMPTS_PER_STEP * GROUP_SIZE // world
     tokens = fitting_tokens(policy, MICRO_BATCH_TOKENS, longest, MAX_COMPLETION_TOKENS, samples, ZERO_STAGE)
     reference = Reference(REF_SERVER, TEMPERATURE, tokens) if BETA else None
     if reference and not REF_SYNC_EVERY:
         check_servers(REF_SERVER, policy.module.model, MODEL, train[0].ids)
-    rollouts = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
+    sampler = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
     engine = start_engine(policy.module, DS_CONFIG)
     log, skipped = Log(OUTPUT_DIR, engine.monitor, last, STEPS), 0
     if last:
         checkpoint.load(engine, OUTPUT_DIR, last)
     else:
-        log.write({"step": 0} | evaluate(rollouts, heldout, rewards, tokenizer))
+        log.write({"step": 0} | evaluate(sampler, heldout, rewards, tokenizer))
     if REF_SYNC_EVERY:
         reference.renew(policy, OUTPUT_DIR, f"{start}-{last}", alpha=0 if last else 1, patience=25)
     distributed.stop_at_signals()
@@ -246,7 +246,7 @@ def main():
         # 2. Rollouts. Finished groups are rewarded and sent to the reference while longer ones are being sampled.
         groups = []
         # eq. 3: G outputs for each question
-        for finished in rollouts(prompts, GROUP_SIZE, TEMPERATURE, seeds, MIN_COMPLETION_TOKENS):
+        for finished in sampler(prompts, GROUP_SIZE, TEMPERATURE, seeds, MIN_COMPLETION_TOKENS):
             metrics.lap("sample")
             score(finished, rewards, tokenizer, metrics)
             if reference:
@@ -282,7 +282,7 @@ def main():
         add_groups(metrics, groups, rewards)
         row = {"step": step, "lr": lr, "grad_norm": gradient_norm(engine)} | metrics.row()
         if EVAL_EVERY and (step % EVAL_EVERY == 0 or step == STEPS):
-            row |= evaluate(rollouts, heldout, rewards, tokenizer)
+            row |= evaluate(sampler, heldout, rewards, tokenizer)
         log.write(row, groups[0], rewards)
         if REF_SYNC_EVERY and step % REF_SYNC_EVERY == 0:  # algorithm 1: I
             reference.renew(policy, OUTPUT_DIR, f"{start}-{step}", REF_MIXUP_ALPHA)

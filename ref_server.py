@@ -181,7 +181,7 @@ def main():
         listener = socket.create_server((HOST, PORT), backlog=1024)  # before the model is loaded, to fail at once
     model, _ = load_model(MODEL, dtype=DTYPE, trust_remote_code=TRUST_REMOTE_CODE)
     if model.device.type == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the trainer may be on the same cores
+        os.nice(10)  # the trainer may be on the same cores, and goes first
     server = waitress.create_server(
         make_app(model, MODEL, token), sockets=[listener], threads=32, connection_limit=900, asyncore_use_poll=True,
         channel_timeout=60, max_request_body_size=MAX_BODY_MB * 2**20 + 1)

@@ -56,12 +56,12 @@ IMAGINED = {  # problems, and the limits of what is possible
 SHOWN = 200  # problems in evaluation.html; all are in evaluation.jsonl
 
 
-def evaluate(rollouts, prompts: list[Prompt], rewards: list[Reward], tokenizer) -> dict[str, float]:
+def evaluate(sampler, prompts: list[Prompt], rewards: list[Reward], tokenizer) -> dict[str, float]:
     """Greedy completions of held-out prompts, shared by the processes: accuracy, rewards, length, share cut off."""
     if not prompts:
         return {}
     metrics = Metrics()
-    groups = sum(rollouts(prompts[dist.get_rank() :: dist.get_world_size()], 1, 0.0), [])
+    groups = sum(sampler(prompts[dist.get_rank() :: dist.get_world_size()], 1, 0.0), [])
     if groups:  # there may be fewer prompts than processes
         score(groups, rewards, tokenizer, metrics)
     add_rewards(metrics, groups, rewards)
@@ -108,15 +108,15 @@ def complete_all(name: str, rewards: list[Reward]) -> dict[int, list[dict]]:
     rank, world = dist.get_rank(), dist.get_world_size()
     policy = Policy(name, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE, trust_remote_code=TRUST_REMOTE_CODE)
     prompts = load_prompts(EVAL_DATASET, policy.tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN)
-    check_rewards(rewards, prompts)
-    rollouts = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
+    check_rewards(rewards, policy.tokenizer, prompts)
+    sampler = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
     size = -(-len(prompts) // world) if SAMPLER == "vllm" else max(1, MAX_SEQUENCES // EVAL_SAMPLES)
     blocks = [prompts[start : start + size] for start in range(0, len(prompts), size)][rank::world]
     found = {prompt.number: [] for block in blocks for prompt in block}
     for block in tqdm(blocks, name, unit="block", disable=rank > 0 or None):
         seeds = [SEED << 32 | prompt.number for prompt in block]
-        greedy = rollouts(block, 1, 0.0)
-        sampled = rollouts(block, EVAL_SAMPLES, TEMPERATURE, seeds, MIN_COMPLETION_TOKENS)
+        greedy = sampler(block, 1, 0.0)
+        sampled = sampler(block, EVAL_SAMPLES, TEMPERATURE, seeds, MIN_COMPLETION_TOKENS)
         for groups in [*greedy, *sampled]:
             score(groups, rewards, policy.tokenizer, Metrics())
             for sample in samples_of(groups):

@@ -9,11 +9,12 @@ from functools import partial
 from math import isfinite, isnan, nan
 from typing import NamedTuple
 
+import torch
 from transformers import TrainerState
 
 from grpo.constants import explained, require
 from grpo.metrics import Metrics
-from grpo.types import Group, Prompt, samples_of, tokens_until
+from grpo.types import Group, Prompt, Sample, samples_of, tokens_until
 
 # One for the whole run, because clients keep connections in it; not the thread's loop, which functions may be using
 loop = asyncio.Runner(loop_factory=asyncio.new_event_loop)
@@ -96,8 +97,9 @@ def call(functions: list[Callable], given: dict) -> list:
     return loop.run(settle())
 
 
-def check_rewards(rewards: list[Reward], *data_sets: list[Prompt]) -> None:
-    """SystemExit if a function cannot be called with the columns, or finds a row that it could never judge."""
+def check_rewards(rewards: list[Reward], tokenizer, *data_sets: list[Prompt]) -> None:
+    """SystemExit if a function cannot be called with the columns, finds a row that it could never judge, or fails at
+    two prompts written again as completions, as it would at the first rollouts, minutes later perhaps."""
     for prompts in filter(None, data_sets):
         given = arguments(prompts, completions=[], completion_ids=[], trainer_state=None, log_extra=None,
                           log_metric=None)
@@ -106,19 +108,11 @@ def check_rewards(rewards: list[Reward], *data_sets: list[Prompt]) -> None:
                 bound(reward.function, given)
                 if hasattr(reward.function, "check"):
                     reward.function.check(rows=[prompt.number for prompt in prompts], **given)
-                try_out(reward, prompts[:2])
+                score([Group(one, [Sample(one, torch.tensor(one.ids), torch.zeros(1), False)]) for one in prompts[:2]],
+                      [reward], tokenizer, Metrics())
             except (TypeError, ValueError) as error:
                 raise SystemExit(f"reward {reward.name} cannot judge the data set: {error}; "
                                  f"columns: {list(prompts[0].columns)}") from error
-
-
-def try_out(reward: Reward, prompts: list[Prompt]) -> None:
-    """One call with made-up completions: it raises what the first rollouts would, after minutes perhaps."""
-    said = "I do not know."
-    compute_rewards([reward], arguments(
-        prompts, completions=[[{"role": "assistant", "content": said}] if one.messages else said for one in prompts],
-        completion_ids=[[0] for _ in prompts], trainer_state=TrainerState(max_steps=1),
-        log_extra=lambda *_: None, log_metric=lambda *_: None))
 
 
 def score(groups: list[Group], rewards: list[Reward], tokenizer, metrics: Metrics) -> None:

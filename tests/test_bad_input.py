@@ -439,11 +439,11 @@ def test_an_answer_that_is_none_is_refused_with_its_row(tiny, tmp_path, answer):
     path.write_text(f'{long}\n{{"question": "a", "answer": "1"}}\n{{"question": "b", "answer": {answer}}}\n')
     prompts = load_prompts(str(path), tiny[1], "", 99)
     with pytest.raises(SystemExit, match="reward_correct cannot judge the data set: row 3: the answer"):
-        check_rewards(load_rewards(["reward_correct"]), prompts)
+        check_rewards(load_rewards(["reward_correct"]), tiny[1], prompts)
 
 
 def test_a_data_column_may_have_any_name(tiny, tmp_path):
     path = tmp_path / "data.jsonl"
     names = "functions prompts prompt_texts completions completion_ids rows given trainer_state log_metric".split()
     path.write_text(json.dumps({"question": "a"} | dict.fromkeys(names, "data")) + "\n")
-    check_rewards(load_rewards(["reward_format"]), load_prompts(str(path), tiny[1], "", 99))
+    check_rewards(load_rewards(["reward_format"]), tiny[1], load_prompts(str(path), tiny[1], "", 99))

@@ -33,9 +33,9 @@ def called(functions, completions, **columns):
 
 
 def check(functions, columns):
-    rows = zip(*columns.values())
-    check_rewards(load_rewards(functions), [Prompt([1], "p", None, dict(zip(columns, row)), number)
-                                            for number, row in enumerate(rows, start=1)])
+    tokenizer, rows = transformers.Qwen2Tokenizer(vocab={"a": 0, "b": 1}, merges=[]), zip(*columns.values())
+    check_rewards(load_rewards(functions), tokenizer, [Prompt([1], "p", None, dict(zip(columns, row)), number)
+                                                       for number, row in enumerate(rows, start=1)])
 
 
 def answered(text: str) -> str:
