@@ -50,7 +50,7 @@ OUTPUT_DIR = "runs/arithmetic"
 SEED: Over(-1, 2**31 - 1) = 0
 
 # Sampling
-STEPS = 60  # updates
+STEPS = 60  # each samples completions and makes UPDATES_PER_BATCH updates with them
 PROMPTS_PER_STEP: Over(0, 2**20) = 16  # of the whole job, all processes together
 GROUP_SIZE: Over(1, 2**16) = 8  # G: completions for each prompt; more of them, better advantages: 8 to 64
 MAX_PROMPT_TOKENS = 128  # longer prompts are left out
@@ -59,10 +59,10 @@ MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
 TEMPERATURE: Over(1e-6) = 1.0  # of sampling and of every log-prob; below 1 explores less
 SAMPLER: Literal["auto", "transformers", "graph", "vllm"] = "auto"  # on a GPU "graph", if the model allows
 VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
-IS_CAP: Over(0) = 2.0  # upper limit of a token's weight, policy / sampler: the two round differently, vLLM most of all
+IS_CAP: Over(0) = 2.0  # upper limit of the importance factor policy / sampler: the two round differently, vLLM most
 
 # Loss
-LOSS_TYPE: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = "grpo"  # how tokens are weighted
+LOSS_TYPE: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = "grpo"  # token weights; cispo: the surrogate too
 IMPORTANCE: Literal["token", "sequence"] = "token"  # the ratio of each token, or of the whole sequence (GSPO)
 ADVANTAGE_SCALE: Literal["group", "batch", "none"] = "group"  # whose std divides advantages; "none" for Dr. GRPO
 BETA = 0.005  # beta: weight of the KL penalty; 0 needs no reference server; DeepSeekMath used 0.04
@@ -128,15 +128,15 @@ def group_advantages(rewards: list[float], batch_std: float | None = None) -> to
 def set_advantages(groups: list[Group], rewards: list[Reward]) -> None:
     """Sets the advantage of each token (T,) of the groups' samples.
 
-    That of the completion's `outcome`, normalised in the group; and for each reward function that judges steps its
-    weight times the sum of the rewards, normalised over all steps of the group, of the steps that end at or after the
-    token: process supervision, DeepSeekMath, section 4.1.3.
+    It is that of the completion's `outcome`, normalised in the group. A function that rewards steps adds to it, for
+    process supervision (DeepSeekMath, section 4.1.3): its rewards are normalised over all steps of the group, and each
+    token gets the sum of those whose steps end at or after it, times the function's weight. "batch" is for outcomes.
     """
     outcomes = [one.outcome for one in samples_of(groups)]
     batch_std = distributed.std(outcomes) if ADVANTAGE_SCALE == "batch" else None
     for group in groups:
-        outcomes = group_advantages([one.outcome for one in group.samples], batch_std)
-        for one, advantage in zip(group.samples, outcomes.tolist()):
+        advantages = group_advantages([one.outcome for one in group.samples], batch_std)
+        for one, advantage in zip(group.samples, advantages.tolist()):
             one.advantages = torch.full((len(one.tokens),), advantage)  # section 4.1.2: A, the same for all tokens
         for place, reward in enumerate(rewards):
             steps = [(one, *step) for one in group.samples for step in one.steps[place]]  # section 4.1.3: R
@@ -157,8 +157,8 @@ def set_token_weights(groups: list[Group]) -> None:
     completions = PROMPTS_PER_STEP * GROUP_SIZE
     tokens_in_step = distributed.reduce([sum(len(one.tokens) for one in counted)])[0]
     for one in counted:
-        length = {"grpo": len(one.tokens), "dr_grpo": MAX_COMPLETION_TOKENS}.get(LOSS_TYPE)
-        one.weight = 1 / (length * completions if length else tokens_in_step)  # eq. 3: 1/G, 1/length
+        divisors = {"grpo": len(one.tokens) * completions, "dr_grpo": MAX_COMPLETION_TOKENS * completions}
+        one.weight = 1 / divisors.get(LOSS_TYPE, tokens_in_step)  # eq. 3: 1/G, 1/length
 
 
 def GRPO_step(logps: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -210,7 +210,7 @@ def main():
     require(PROMPTS_PER_STEP % world == 0, f"{PROMPTS_PER_STEP=}: cannot be shared equally by {world} processes")
     require(BETA or not REF_SYNC_EVERY, f"{REF_SYNC_EVERY=}: with BETA=0 there is no reference")
     require(MIN_COMPLETION_TOKENS <= MAX_COMPLETION_TOKENS, f"{MIN_COMPLETION_TOKENS=} is over the maximum")
-    last, start = checkpoint.begin(OUTPUT_DIR, constants_of(__name__) | {"PROCESSES": world}, RESUME)
+    last, run_id = checkpoint.begin(OUTPUT_DIR, constants_of(__name__) | {"PROCESSES": world}, RESUME)
     policy = Policy(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE, TEMPERATURE, LORA_RANK, SEED,
                     GRADIENT_CHECKPOINTING, TRUST_REMOTE_CODE)
     tokenizer, rewards = policy.tokenizer, load_rewards(REWARDS)
@@ -220,8 +220,8 @@ def main():
     check_rewards(rewards, tokenizer, train, heldout)
     checkpoint.rehearse(policy, OUTPUT_DIR)
     longest, samples = max(len(prompt.ids) for prompt in train), PROMPTS_PER_STEP * GROUP_SIZE // world
-    tokens = fitting_tokens(policy, MICRO_BATCH_TOKENS, longest, MAX_COMPLETION_TOKENS, samples, ZERO_STAGE)
-    reference = Reference(REF_SERVER, TEMPERATURE, tokens) if BETA else None
+    budget = fitting_tokens(policy, MICRO_BATCH_TOKENS, longest, MAX_COMPLETION_TOKENS, samples, ZERO_STAGE)
+    reference = Reference(REF_SERVER, TEMPERATURE, budget) if BETA else None
     if reference and not REF_SYNC_EVERY:
         check_servers(REF_SERVER, policy.module.model, MODEL, train[0].ids)
     sampler = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
@@ -232,7 +232,7 @@ def main():
     else:
         log.write({"step": 0} | evaluate(sampler, heldout, rewards, tokenizer))
     if REF_SYNC_EVERY:
-        reference.renew(policy, OUTPUT_DIR, f"{start}-{last}", alpha=0 if last else 1, patience=25)
+        reference.renew(policy, OUTPUT_DIR, f"{run_id}-{last}", alpha=0 if last else 1, patience=25)
     distributed.stop_at_signals()
 
     for step in range(last + 1, STEPS + 1):  # algorithm 1: M
@@ -261,7 +261,7 @@ def main():
         set_token_weights(groups)
 
         # 4. Micro-batches of the groups that have something to teach, equally many on every process.
-        batches = make_batches(teaching(groups), tokens, engine.device)
+        batches = make_batches(teaching(groups), budget, engine.device)
 
         # 5. The update. Losses are sums, so it does not matter how the step is split.
         set_lr(engine, lr := LR * min(1, step / max(1, WARMUP_STEPS)))
@@ -285,7 +285,7 @@ def main():
             row |= evaluate(sampler, heldout, rewards, tokenizer)
         log.write(row, groups[0], rewards)
         if REF_SYNC_EVERY and step % REF_SYNC_EVERY == 0:  # algorithm 1: I
-            reference.renew(policy, OUTPUT_DIR, f"{start}-{step}", REF_MIXUP_ALPHA)
+            reference.renew(policy, OUTPUT_DIR, f"{run_id}-{step}", REF_MIXUP_ALPHA)
         stop = any(distributed.of_all(distributed.stopping.is_set()))
         if stop or SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
             checkpoint.save(engine, policy, OUTPUT_DIR, step, KEEP_CHECKPOINTS)

@@ -6,11 +6,12 @@
 
 `POST /logps?temperature=1.0` takes and gives safetensors: `tokens` int32 [N] (every row's prompt then its completion,
 rows one after the other, no padding), `prompt_lens` and `completion_lens` int32 [B] -> `logps` float32
-[sum(completion_lens)], natural log. `GET /health` says what is served. The server keeps no state: kill it, restart it,
+[sum(completion_lens)], natural log. `GET /health` says what is served. The server saves nothing: kill it, restart it,
 start several. It is not a text generator, and plain HTTP is not encrypted: use it inside a network that you trust.
 
 `PUT /weights/NAME?start=0&size=...` brings other weights, a safetensors file piece by piece, its bytes from `start` on.
-With the last one the server takes them over, between two answers; if that never comes, nothing changes. A request for
+With the last one the server takes them over, between two answers; if that never arrives, the old weights stay. After a
+restart the server holds MODEL's again. A request for
 log-probs with `reference=NAME` is answered 409 unless the server has these weights ("" are those of MODEL).
 
 The log-probs are computed by `grpo.policy.token_logps`, as the trainer's. Its side of this is `grpo/reference.py`.

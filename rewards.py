@@ -8,7 +8,7 @@ and `log_extra`. `None` means that the function does not apply to that completio
 also be a list of `(end_character, reward)`: one reward for each step of the completion, whose text ends before that
 character.
 
-A function may carry `f.check(rows, **columns)`, called once before training starts with the whole data set, `rows`
+A function may carry `f.check(rows, **columns)`, called before training starts with each whole data set, `rows`
 being its rows' numbers; it raises ValueError at a row that could never be judged.
 
 The names without `reward_` in front are Open R1's, with its parameters, defaults and values; a docstring says where one
@@ -74,7 +74,7 @@ def reward_correct(completions, answer, **columns) -> list[float]:
 
 
 def check_answers(answer, rows=None, **columns) -> None:
-    """ValueError at the first gold answer that is none, so that no completion could ever be right."""
+    """ValueError at the first gold answer that cannot be judged: no completion could match it."""
     get_ready()  # meanwhile, or the first step of the training would wait for the judge
     for row, value in zip(rows or itertools.count(1), answer):
         gold = gold_answer(value)
@@ -114,7 +114,7 @@ def match_tags(pattern: str, text: str) -> re.Match | None:
 # ------------------------------------------------------------------------------------------------- Open R1's and TRL's
 
 def accuracy_reward(completions, solution, **columns) -> list[float | None]:
-    r"""1 where the last `\boxed{}` of the whole completion, or else its last LaTeX, equals the `solution`, otherwise 0.
+    r"""1 where the last `\boxed{}` after the last `</think>`, or else the last LaTeX, equals `solution`, otherwise 0.
 
     None where the solution is not mathematics: Open R1 rewarded that once. It also swaps math-verify's two arguments,
     which changes the verdict on equations and inequalities.

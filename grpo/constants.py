@@ -22,8 +22,8 @@ def explained(sentence: str, errors=Exception, hint=""):
     try:
         yield
     except errors as error:
-        reason = " ".join(f"{type(error).__name__}: {error} {error.__cause__ or ''}".split())
-        raise SystemExit(f"{sentence}: {reason:.700}{hint}") from error
+        said = dict.fromkeys(" ".join(str(one).split()) for one in (error, error.__cause__) if one)  # each once
+        raise SystemExit(f"{sentence}: {type(error).__name__}: {' '.join(said):.700}{hint}") from error
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, ques
 
 
 def to_prompt(row: dict, number: int, tokenizer, system_prompt: str, question: str) -> Prompt:
-    """ValueError or TypeError if the row is none."""
+    """ValueError or TypeError if the row makes no prompt."""
     given, asked = row.get("prompt"), row.get(question)
     columns = {name: value for name, value in row.items() if name != "prompt"}
     if isinstance(given, str) and given:

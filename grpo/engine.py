@@ -37,7 +37,7 @@ def make_batches(groups: list[Group], budget: int, device) -> list[MicroBatch]:
 
 
 def drop_bad_gradients(optimizer, *_) -> None:
-    """Before the optimizer's step, which changes nothing then. ZeRO 1 to 3 skip the step themselves."""
+    """Clears gradients that are not finite, so that the step changes nothing. ZeRO 1 to 3 skip it by themselves."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     optimizer.gradients_were_finite = torch.nn.utils.get_total_norm(grads).isfinite().item()
     if not optimizer.gradients_were_finite:

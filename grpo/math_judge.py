@@ -4,6 +4,7 @@ It runs arbitrary mathematics that a model wrote: it can hang in C code, eat the
 own time limit needs the main thread. So a nursery process imports it once, and forks a child for each question, which
 the kernel ends when its time or its memory is up. Nothing is left to clean up after any of them.
 """
+import atexit
 import gc
 import importlib.util
 import json
@@ -55,6 +56,7 @@ def is_mathematics(text: str) -> bool:
 
 
 def too_dangerous_here(gold: str, answer: str):
+    """In place of math-verify: what only that could judge is left to the guarded process, see `compare`."""
     raise NotImplementedError
 
 
@@ -86,6 +88,8 @@ def ask_judge(gold: str, answer: str) -> bool:
                 nursery = subprocess.Popen([sys.executable, "-m", "grpo.math_judge"], stdin=its_end,
                                            start_new_session=True, env=os.environ | {"PYTHONPATH": path}), our_end
                 its_end.close()
+                atexit.register(nursery[0].wait)
+                atexit.register(our_end.close)  # comes first, and ends the nursery
             socket.send_fds(nursery[1], [json.dumps([gold, answer]).encode()], [theirs.fileno()])
         theirs.close()
         ours.settimeout(2 * STANDSTILL_SECONDS)

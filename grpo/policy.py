@@ -89,7 +89,7 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
             type(model.generation_config).from_pretrained(path)  # without one that is broken transformers just goes on
         if has_vision:  # what sees is never used here
             model.requires_grad_(False)
-            for part in decoder(model), model.get_output_embeddings():
+            for part in body_of(model), model.get_output_embeddings():
                 part.requires_grad_(True)
         pack_attention(model)
         if device.type == "cuda":
@@ -131,7 +131,7 @@ def repair(model) -> None:
     model.config.get_text_config().output_router_logits = False  # for a loss that is not computed here
 
 
-def decoder(model):
+def body_of(model):
     """The part of the model between its input ids and the last hidden states."""
     found = model.get_decoder()
     return found.model if hasattr(found, "lm_head") else found  # Llama 4's is a whole language model
@@ -186,7 +186,7 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
         inputs = {"input_ids": rows[where.computed][None], "layout": where,
                   "position_ids": position.expand_as(rows)[where.computed][None],
                   "attention_mask": tokens.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
-    hidden = decoder(model)(**inputs, use_cache=False).last_hidden_state
+    hidden = body_of(model)(**inputs, use_cache=False).last_hidden_state
     hidden = hidden[0] if packed else hidden[where.computed]  # (N, H)
     hidden = hidden[where.number[:, :-1][is_completion[:, 1:]]]  # shift by one: position t predicts t + 1; (C, H)
     return head_logps(model, hidden, rows[is_completion], temperature)

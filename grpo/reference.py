@@ -142,7 +142,8 @@ def request_logps(servers: str, tokens, prompt_lens, completion_lens, temperatur
     for _ in range(5):
         answer = ask("POST", servers, f"/logps?{query}", patience, 409 if weights else 200, body)
         if answer.status_code == 200:
-            return load(answer.content)["logps"].split(completion_lens.tolist())  # eq. 4: log pi_ref
+            with explained(f"{answer.server} does not answer as ref_server.py does"):
+                return load(answer.content)["logps"].split(completion_lens.tolist())  # eq. 4: log pi_ref
         send(answer.server, weights)
     raise SystemExit(f"five times, instead of {weights.name}: {said(answer)}")
 

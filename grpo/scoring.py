@@ -1,5 +1,6 @@
 """Calling the reward functions, in TRL's convention, see the top of rewards.py."""
 import asyncio
+import atexit
 import importlib
 import inspect
 import os
@@ -18,6 +19,7 @@ from grpo.types import Group, Prompt, Sample, samples_of, tokens_until
 
 # One for the whole run, because clients keep connections in it; not the thread's loop, which functions may be using
 loop = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+atexit.register(loop.close)
 
 
 class Reward(NamedTuple):
@@ -132,15 +134,15 @@ def score(groups: list[Group], rewards: list[Reward], tokenizer, metrics: Metric
         completion_ids=[one.tokens.tolist() for one in samples],
         trainer_state=TrainerState(global_step=metrics.step - 1, max_steps=metrics.steps),  # updates so far
         log_extra=log_extra, log_metric=metrics.log))
-    for sample, numbers, written in zip(samples, zip(*values), zip(*steps)):
+    for sample, numbers, all_steps in zip(samples, zip(*values), zip(*steps)):
         sample.rewards = list(numbers)
-        parts = [(reward.weight * number, some) for reward, number, some in zip(rewards, numbers, written)
+        parts = [(reward.weight * number, steps) for reward, number, steps in zip(rewards, numbers, all_steps)
                  if reward.weight and not isnan(number)]
         sample.reward = sum(part for part, _ in parts) if parts else nan
-        sample.outcome = sum(part for part, some in parts if not some) if parts else nan  # section 4.1.2: r
+        sample.outcome = sum(part for part, steps in parts if not steps) if parts else nan  # section 4.1.2: r
         # section 4.1.3: r^index(j)
-        sample.steps = [[(tokens_until(tokenizer, sample.tokens, end), value) for end, value in some if reward.weight]
-                        for reward, some in zip(rewards, written)]
+        sample.steps = [[(tokens_until(tokenizer, sample.tokens, end), value) for end, value in steps if reward.weight]
+                        for reward, steps in zip(rewards, all_steps)]
 
 
 def compute_rewards(rewards: list[Reward], given: dict) -> tuple[list, list]:

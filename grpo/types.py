@@ -28,7 +28,7 @@ class Sample:
     rewards: list[float] = field(default_factory=list)  # by reward function; NaN: it does not apply
     steps: list[list] = field(default_factory=list)  # by reward function [(end_token, reward), ...], if it judges steps
     reward: float = 0.0  # the weighted sum of all reward functions; NaN: none applies
-    outcome: float = 0.0  # of those that do not judge steps; NaN: none applies, of either kind
+    outcome: float = 0.0  # of the functions that do not judge steps, 0 without any; NaN: no function applies
     extra: dict = field(default_factory=dict)  # what reward functions want in completions.jsonl
     advantages: torch.Tensor | None = None  # (T,)
     weight: float = 0.0  # of each token in the loss

@@ -321,6 +321,7 @@ SERVERS = {  # what answers at REF_SERVER: status and body of /health, sentence
     "an error page": (500, "<p>\n" * 2000, rf"/health answered 500: (<p> ){{90,100}}.*{NO_SERVER}"),
     "a wrong token": (401, "set REF_TOKEN", "answered 401: set REF_TOKEN$"),
     "another model": (200, '{"model": "M", "dtype": "float32", "vocab_size": 9}', "holds M, which is not the policy's"),
+    "the same everywhere": (200, '{"model": "M", "dtype": "float32", "vocab_size": 327}', "does not answer as ref_server"),
 }
 
 
@@ -334,6 +335,10 @@ def test_something_else_at_the_server_s_address_is_one_sentence(run, tmp_path, n
             self.send_header("Location", "http://127.0.0.1:9/")
             self.end_headers()
             self.wfile.write(body.encode())
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Other) as service:
         threading.Thread(target=service.serve_forever, daemon=True).start()
