@@ -40,7 +40,7 @@ SPELLED_OUT = re.compile(rf"(?i)\b({'|'.join(reversed(SPELLED)).replace('-', '[-
 LEAD_IN = re.compile(r"(?i)(?!(?:s?he|they|we|you|i) (?:is|are) [a-z])(?:(?:so|thus|hence|therefore),? +)?"
                      rf"(?:{'|'.join(line for line, in TABLES['lead-ins'])})?")
 CHINESE = "[\u4e00-\u9fff]"
-MATRIX = re.compile(r"\\begin\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?((?:.|\n)*?)\\end\{(?:[pbB]?matrix|array)\}")
+MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array|cases)\}(?:\{[clr|]*\})?((?:.|\n)*?)\\end\{\1\}")
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 PLAIN = re.compile(r"-?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?")  # "-1,234.5"
 UNIT_TAIL = re.compile(rf"(?i)(?:(?: per)?[ /]+(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})s?)+$")
@@ -60,7 +60,7 @@ def depths(text: str) -> list[int]:
 
 def matrix(match) -> str:
     """A LaTeX matrix as rows in brackets, a single column as one vector."""
-    rows = [row.split("&") for row in re.split(r"\\\\(?:\[\w+\])?", match[1]) if row.strip()]
+    rows = [row.split("&") for row in re.split(r"\\\\(?:\[\w+\])?", match[2]) if row.strip()]
     return "(" + ",".join(row[0] if max(map(len, rows)) == 1 else f"({','.join(row)})" for row in rows) + ")"
 
 
