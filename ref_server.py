@@ -176,7 +176,7 @@ def accept_weights(app, model, name: str, worker, served: dict) -> None:
 def main():
     token = os.environ.get("REF_TOKEN", "")
     if HOST not in ("127.0.0.1", "localhost") and not token:
-        raise SystemExit(f"HOST={HOST} can be reached from other machines: set REF_TOKEN first")
+        raise SystemExit(f"HOST={HOST} can be reached from other machines: set REF_TOKEN in the environment first")
     hint = " (choose another with PORT=...)"
     with explained(f"cannot listen on {HOST}:{PORT}", OSError, hint):
         listener = socket.create_server((HOST, PORT), backlog=1024)  # before the model is loaded, to fail at once

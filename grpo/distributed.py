@@ -69,6 +69,7 @@ def run(main) -> None:
         print("interrupted", file=sys.stderr)
     except (Exception, SystemExit) as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.stdout.flush()  # the error comes last
         cause = error.__cause__ or error
         hint = f" (pip install {cause.name})" if isinstance(cause, ModuleNotFoundError) else ""
         of_another = isinstance(cause, dist.DistError) or "gloo" in str(cause)
