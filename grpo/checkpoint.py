@@ -45,7 +45,8 @@ def begin(folder: str, constants: dict, resume: bool) -> tuple[int, str]:
     with other constants, or if a process, on another machine perhaps, does not see it.
     """
     require(folder, "OUTPUT_DIR is empty: name a folder")
-    constants |= digests({name: constants.get(name, "") for name in ("DATASET", "EVAL_DATASET")})
+    if dist.get_rank() == 0:
+        constants |= digests({name: constants.get(name, "") for name in ("DATASET", "EVAL_DATASET")})
     with writing_to(folder):
         last = prepare(Path(folder), constants, resume) if dist.get_rank() == 0 else 0
     last, start = of_all((last, os.urandom(6).hex()))[0]

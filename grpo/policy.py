@@ -113,7 +113,7 @@ def from_pretrained(kind, path: str, **options):
     """`kind.from_pretrained`, or ValueError where transformers goes on with random numbers for missing weights."""
     model, found = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     wrong = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
-    wrong |= {name for name, tensor in model.named_parameters() if tensor.itemsize > 1 and not tensor.sum().isfinite()}
+    wrong |= {name for name, tensor in model.named_parameters() if tensor.itemsize > 1 and not tensor.isfinite().all()}
     if wrong:
         raise ValueError("its files lack these weights, or hold them in another shape than config.json says, or with "
                          f"NaN: {', '.join(sorted(wrong))}")

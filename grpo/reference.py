@@ -165,7 +165,8 @@ def check_servers(servers: str, model, name: str, ids: list[int]) -> None:
 def health_of(url: str, patience: float) -> dict:
     answer = ask("GET", url, "/health", patience)
     try:
-        return {"reference": ""} | {key: answer.json()[key] for key in ("dtype", "model", "vocab_size")} | answer.json()
+        health = answer.json()
+        return {"reference": ""} | {key: health[key] for key in ("dtype", "model", "vocab_size")} | health
     except (ValueError, TypeError, KeyError):
         raise SystemExit(f"what answers at {url} is no reference server: choose another PORT and REF_SERVER") from None
 

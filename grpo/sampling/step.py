@@ -79,16 +79,16 @@ def record(step: Step, inputs):
     return None if doubts else script
 
 
-def masks(model, seen, here) -> tuple[torch.Tensor, ...]:
-    """For each kind of layer what a token at `here` (1,) looks at, as attention adds it to its scores.
+def masks(limits, dtype, seen, here) -> tuple[torch.Tensor, ...]:
+    """For each kind of layer, see `windows`, what a token at `here` (1,) looks at, as attention adds it to its scores.
 
     seen (B, T) says what is a token; (B, 1, 1, T), 0 or -inf. Made once a step, because each layer would otherwise
     convert the mask again. Rows have room for a multiple of 8 numbers, because a GPU's attention would otherwise copy
     the mask in each layer.
     """
     before, found = here - torch.arange(seen.shape[1], device=seen.device), []
-    for window in windows(model).values():
+    for window in limits:
         looks = (seen > 0) & (0 <= before) & (before < window)
-        room = torch.zeros(len(seen), 1, 1, -(-seen.shape[1] // 8) * 8, dtype=model.dtype, device=seen.device)
+        room = torch.zeros(len(seen), 1, 1, -(-seen.shape[1] // 8) * 8, dtype=dtype, device=seen.device)
         found.append(room[..., : seen.shape[1]].masked_fill_(~looks[:, None, None], -torch.inf))
     return tuple(found)

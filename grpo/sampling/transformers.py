@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache
 
-from grpo.sampling.step import masks, next_logits
+from grpo.sampling.step import masks, next_logits, windows
 from grpo.types import Group, Prompt, Sample
 
 BLOCK = 64  # tokens from one look for finished groups to the next
@@ -61,7 +61,7 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
     """
     device, waits = model.device, record or model.device.type != "cpu"  # Python for the device, when it reads a value
     logits, mask, position, states = prefill(model, prompts, max_tokens)
-    longest = mask.shape[1] - max_tokens
+    longest, limits = mask.shape[1] - max_tokens, windows(model).values()
     written = Written(prompts, group_size, max_tokens, stop, device)
     rows = torch.arange(len(prompts) * group_size, device=device)  # the sequences that are in the batch
     uniforms = uniforms.to(device) if temperature else None
@@ -74,8 +74,9 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
         logps.index_copy_(1, place, logp[:, None])
         here, end = longest + start + place, longest + (start + room if record else count + 1)
         if record or count + 1 < max_tokens:
-            logits.copy_(next_logits(model, token, position.index_select(1, here), here,
-                                     masks(model, mask[:, :end], here), *(state[:, :, :end] for state in states)))
+            seen = masks(limits, model.dtype, mask[:, :end], here)
+            logits.copy_(next_logits(model, token, position.index_select(1, here), here, seen,
+                                     *(state[:, :, :end] for state in states)))
         place.add_(1)
 
     count, places = 0, rows // group_size  # tokens of each so far, and where among those before each of the rows is
