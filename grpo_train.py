@@ -80,7 +80,7 @@ LR = 5e-5  # 1e-6 for pre-trained models with full fine-tuning
 WARMUP_STEPS = 10  # linear; without it Adam's first steps can ruin the model
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED_STEPS: Over(0) = 5  # in a row, because their gradients are not finite; then the run ends
-MICRO_BATCH_TOKENS = 8192  # of one forward and backward pass, with padding; a GPU halves it at the start until the
+MICRO_BATCH_TOKENS = 8192  # rows x longest row of a forward and backward pass; a GPU halves it at the start until the
 # longest rows fit. It changes memory, not the update: without checkpointing 1.5B parameters keep 2 MB a token
 GRADIENT_CHECKPOINTING = False  # less memory for activations, a third more time
 ZERO_STAGE: Literal[0, 1, 2, 3] = 1  # DeepSpeed splits over the GPUs 1 optimizer states, 2 gradients too, 3 weights too

@@ -4,10 +4,12 @@
     python benchmarks/compare.py vocab=151936 steps=3 rounds=2            # Qwen2.5's vocabulary
     python benchmarks/compare.py lengths=natural                          # EOS allowed: most are short, some 256 tokens
     python benchmarks/compare.py programs=ours,trl threads=1,2            # which, and with which numbers of threads
+    python benchmarks/compare.py model=examples/smollm2/model data=examples/smollm2/train.jsonl prompts=8 tokens=48 \
+        lengths=natural programs=ours,trl steps=3 rounds=1                # a model folder, and questions for it
     python benchmarks/compare.py shape=1.5b vocab=151936 prompts=8 tokens=512 programs=ours,trl steps=4
 
-The last one is for a GPU. A model of Qwen2's shape (hidden 256, 4 layers), 4 prompts x 8 completions a step, AdamW in
-float32, a reference model, one update a step; needs tests/requirements.txt. Every program runs alone and may use both
+The last one is for a GPU. Unless there is a `model`, its shape is Qwen2's (hidden 256, 4 layers). 4 prompts x 8
+completions a step, AdamW in float32, a reference model, one update a step; needs tests/requirements.txt. Every program runs alone and may use both
 cores; this project's reference server is a process beside the trainer, and counted. Of several numbers of threads the
 best one is quoted.
 """
@@ -15,6 +17,7 @@ import json
 import os
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -66,6 +69,17 @@ def build(folder: Path, vocab: int, lengths: str, longest=1024, shape="small") -
     words = [word for word in tokenizer.get_vocab() if word.isalnum()]
     rows = [{"prompt": "".join(rng.choices(words, k=25)), "answer": "1"} for _ in range(200)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def borrow(folder: Path, model: str, data: str) -> None:
+    """A folder as `build` makes it, with the files of `model`, and the first questions of a data set for it."""
+    from transformers import AutoTokenizer
+
+    from grpo.data import load_prompts
+
+    shutil.copytree(Path(model).resolve(), folder, copy_function=os.symlink)
+    prompts = load_prompts(data, AutoTokenizer.from_pretrained(model), "", 128)[:200]
+    (folder / "data.jsonl").write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in prompts))
 
 
 def peak_mb(pid: int) -> float:
@@ -265,10 +279,13 @@ def simple(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, thr
 # ------------------------------------------------------------------------------------------------- in turns
 
 def main(vocab="512", lengths="exact", steps="6", rounds="3", programs="ours,trl,simple", threads="2", shape="small",
-         prompts="4", tokens="") -> None:
+         prompts="4", tokens="", model="", data="") -> None:
     tokens, results = tokens or {"exact": "64", "natural": "256"}[lengths], {}
     with tempfile.TemporaryDirectory() as temporary:
-        build(Path(temporary) / "model", int(vocab), lengths, shape=shape)
+        if model:
+            borrow(Path(temporary) / "model", model, data)
+        else:
+            build(Path(temporary) / "model", int(vocab), lengths, shape=shape)
         for number in range(int(rounds)):
             for program in programs.split(","):
                 for count in threads.split(","):
@@ -277,7 +294,7 @@ def main(vocab="512", lengths="exact", steps="6", rounds="3", programs="ours,trl
                     said = subprocess.run([sys.executable, __file__, "run", *work], stdout=subprocess.PIPE, check=True,
                                           text=True, timeout=3600).stdout
                     results.setdefault((program, count), []).append(json.loads(said.splitlines()[-1]))
-    print(f"\n{vocab} entries, {lengths} lengths, medians of {rounds} runs of {steps} steps, the first left out\n")
+    print(f"\n{model or f'{vocab} entries'}, {lengths} lengths, medians of {rounds} runs of {steps} steps, the first left out\n")
     print(f"{'':18}{'s a step':>9}{'ratio':>7}" + "".join(f"{name:>10}" for name in (*PHASES, "tokens"))
           + f"{'trainer MB':>12}{'server MB':>11}")
     best = min((key for key in results if key[0] == "ours"), default=next(iter(results)),

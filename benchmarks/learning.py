@@ -1,7 +1,8 @@
-"""Seconds of training to 90 % held-out accuracy on the embedded task: this project and TRL from the same start.
+"""Seconds of training to a held-out accuracy: this project and TRL from the same start.
 
     python benchmarks/learning.py                        # needs tests/requirements.txt and examples/arithmetic.py
     python benchmarks/learning.py rounds=3 until=0.9
+    python benchmarks/learning.py task=smollm2 rounds=1 until=0.27       # after python examples/smollm2.py
 
 The same prompts a step, group size, limits, rewards, optimizer, learning rate, warm-up and KL weight. Both are judged
 after every step by the same greedy evaluation, outside their time. The reference server shares this machine.
@@ -16,9 +17,18 @@ import time
 
 import compare
 
-MODEL, HELDOUT = (str(compare.ROOT / "examples/arithmetic" / name) for name in ("model", "heldout.jsonl"))
-TRAIN = str(compare.ROOT / "examples/arithmetic/train.jsonl")
-EVERY, MOST = 1, 30
+EXAMPLES = compare.ROOT / "examples"
+TASKS = {
+    "arithmetic": dict(
+        MODEL=f"{EXAMPLES}/arithmetic/model", DATASET=f"{EXAMPLES}/arithmetic/train.jsonl",
+        EVAL_DATASET=f"{EXAMPLES}/arithmetic/heldout.jsonl", REWARDS="reward_correct,reward_format", STEPS=30,
+        EVAL_EVERY=1, BETA=0.005, LR=5e-5, WARMUP_STEPS=10, PROMPTS_PER_STEP=16, MAX_COMPLETION_TOKENS=64),
+    "smollm2": dict(
+        MODEL=f"{EXAMPLES}/smollm2/model", DATASET=f"{EXAMPLES}/smollm2/train.jsonl",
+        EVAL_DATASET=f"{EXAMPLES}/smollm2/heldout.jsonl", STEPS=60, EVAL_EVERY=5, BETA=0.005, LR=2e-5, WARMUP_STEPS=3,
+        REWARDS="examples.smollm2:reward_number,0.5*examples.smollm2:reward_brief", PROMPTS_PER_STEP=8,
+        SYSTEM_PROMPT="Answer with one short calculation.", MAX_COMPLETION_TOKENS=32),
+}
 
 
 def seconds_until(history: list[tuple[float, float]], until: float) -> float:
@@ -31,16 +41,15 @@ def seconds_until(history: list[tuple[float, float]], until: float) -> float:
     return float("inf")
 
 
-def ours(until: float) -> dict:
-    with tempfile.TemporaryDirectory() as output, compare.reference_server(MODEL, dict(os.environ)) as (_, url):
-        rows = compare.train(output, dict(os.environ), MODEL=MODEL, DATASET=TRAIN, EVAL_DATASET=HELDOUT, REF_SERVER=url,
-                             REWARDS="reward_correct,reward_format", STEPS=MOST, EVAL_EVERY=EVERY, BETA=0.005, LR=5e-5,
-                             WARMUP_STEPS=10)[1:]
+def ours(task: dict, until: float) -> dict:
+    environment = dict(os.environ)
+    with tempfile.TemporaryDirectory() as output, compare.reference_server(task["MODEL"], environment) as (_, url):
+        rows = compare.train(output, environment, **task, REF_SERVER=url)[1:]
     return {"seconds": seconds_until([(row["seconds"], row.get("eval_accuracy")) for row in rows], until),
             "step": statistics.median(row["seconds"] for row in rows)}
 
 
-def trl(until: float) -> dict:
+def trl(task: dict, until: float) -> dict:
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -52,15 +61,15 @@ def trl(until: float) -> dict:
     from grpo_train import SYSTEM_PROMPT
     from grpo.metrics import Metrics
     from grpo.scoring import load_rewards, score
-    from rewards import reward_correct, reward_format
 
     torch.set_num_threads(os.cpu_count())
-    model, tokenizer = load_model(MODEL)
-    prompts, heldout = (load_prompts(name, tokenizer, SYSTEM_PROMPT, 128) for name in (TRAIN, HELDOUT))
-    rewards = load_rewards([reward_correct, reward_format])
+    model, tokenizer = load_model(task["MODEL"])
+    prompts, heldout = (load_prompts(task[name], tokenizer, task.get("SYSTEM_PROMPT", SYSTEM_PROMPT), 128)
+                        for name in ("DATASET", "EVAL_DATASET"))
+    rewards, tokens = load_rewards(task["REWARDS"].split(",")), task["MAX_COMPLETION_TOKENS"]
 
     def judge(model):
-        groups = sum(rollouts(model, heldout, 1, temperature=0, max_tokens=64, stop=stop_ids(model, tokenizer)), [])
+        groups = sum(rollouts(model, heldout, 1, temperature=0, max_tokens=tokens, stop=stop_ids(model, tokenizer)), [])
         score(groups, rewards, tokenizer, Metrics())
         return statistics.fmean(group.samples[0].rewards[0] > 0 for group in groups)
 
@@ -72,7 +81,7 @@ def trl(until: float) -> dict:
 
         def on_step_end(self, arguments, state, control, model, **options):
             seconds, accuracy = time.perf_counter() - self.start, None
-            if state.global_step % EVERY == 0:
+            if state.global_step % task["EVAL_EVERY"] == 0:
                 accuracy = judge(model)
                 control.should_training_stop = accuracy >= until
             history.append((seconds, accuracy))
@@ -86,21 +95,22 @@ def trl(until: float) -> dict:
 
     rows = [{"prompt": prompt.text} | prompt.columns for prompt in prompts]
     trainer = GRPOTrainer(
-        MODEL, [with_tags(reward_correct), with_tags(reward_format)],
+        task["MODEL"], [with_tags(reward.function) for reward in rewards],
         train_dataset=Dataset.from_list(rows), callbacks=[Watch()],
         args=compare.trl_config(
-            per_device_train_batch_size=128, num_generations=8, max_steps=MOST, learning_rate=5e-5, beta=0.005,
-            lr_scheduler_type="constant_with_warmup", warmup_steps=10, max_completion_length=64))
+            per_device_train_batch_size=task["PROMPTS_PER_STEP"] * 8, num_generations=8, max_steps=task["STEPS"],
+            learning_rate=task["LR"], beta=task["BETA"], reward_weights=[reward.weight for reward in rewards],
+            lr_scheduler_type="constant_with_warmup", warmup_steps=task["WARMUP_STEPS"], max_completion_length=tokens))
     trainer.train()
     return {"seconds": seconds_until(history, until), "step": statistics.median(seconds for seconds, _ in history)}
 
 
-def main(rounds="2", until="0.9") -> None:
+def main(rounds="2", until="0.9", task="arithmetic") -> None:
     results = {"ours": [], "trl": []}
     for _ in range(int(rounds)):
         for program, runs in results.items():
-            said = subprocess.run([sys.executable, __file__, "run", program, until], stdout=subprocess.PIPE, check=True,
-                                  text=True, timeout=1800).stdout
+            said = subprocess.run([sys.executable, __file__, "run", program, task, until], check=True, text=True,
+                                  stdout=subprocess.PIPE, timeout=7200).stdout
             runs.append(json.loads(said.splitlines()[-1]))
             print(f"{program}: {float(until):.0%} after {runs[-1]['seconds']:.1f} s of training, a step takes "
                   f"{runs[-1]['step']:.2f} s", flush=True)
@@ -110,6 +120,6 @@ def main(rounds="2", until="0.9") -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:
-        print(json.dumps(globals()[sys.argv[2]](float(sys.argv[3]))))
+        print(json.dumps(globals()[sys.argv[2]](TASKS[sys.argv[3]], float(sys.argv[4]))))
     else:
         main(**dict(argument.split("=") for argument in sys.argv[1:]))

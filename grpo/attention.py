@@ -1,4 +1,4 @@
-"""Attention for rows that share prompts, without padding.
+"""Attention for rows that share prompts; outside it nothing is padded and no prompt computed twice.
 
 The rows of a batch differ in length, and those of a group begin with the same prompt. As a rectangle, half of what the
 linear layers compute could be padding and prompts again. So the model is given every token once, as one long row, and

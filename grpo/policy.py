@@ -77,6 +77,8 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
     SystemExit if it cannot be loaded, or has no room for so many `tokens` of prompt and completion.
     """
     require(path, "MODEL is empty: name a folder or a model of the hub")
+    require(os.path.exists(f"{path}/config.json") or not os.path.exists(f"{path}/adapter_config.json"),
+            f"MODEL={path} is a LoRA adapter: merge it with its model (peft: merge_and_unload) and name that folder")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     trust = {"trust_remote_code": trust_remote_code}
     hint = " (TRUST_REMOTE_CODE=True runs a model's own code; the embedded model: python examples/arithmetic.py)"

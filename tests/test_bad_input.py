@@ -240,6 +240,8 @@ BROKEN = {  # what is wrong in a model folder: file, how it is changed, sentence
     "an empty config": ("config.json", lambda path: path.write_text(""), "config.json' is not a valid JSON file"),
     "a config that is null": ("config.json", lambda path: path.write_text("null"), "cannot load MODEL=.*TypeError"),
     "no config": ("config.json", os.remove, "model_type"),
+    "a LoRA adapter": ("config.json", lambda path: path.rename(path.parent / "adapter_config.json"),
+                       "is a LoRA adapter"),
     "an unknown type": ("config.json", config(model_type="qwen99"), "model type `qwen99`"),
     "another type": ("config.json", config(model_type="gpt2"), "its files lack these weights.* transformer.h.0"),
     "no language model": ("config.json", config(model_type="vit"), "this kind of AutoModel: AutoModelForCausalLM"),
