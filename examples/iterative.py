@@ -141,18 +141,18 @@ def measures(heldout: Path, policy: str, frozen: str, judges: list[Path], pairs:
     models, rows = {model["model"]: model for model in results["models"]}, read_jsonl(heldout)
     with_replay, without = (json.loads((judge / "training.json").read_text()) for judge in judges)
     new, first = str(pairs[-1]), str(pairs[0])
-    along, once = "trained along", "only once"
+    along, once = "trained along", "trained once"
     return {
-        "policy's accuracy, reward model": {
+        "accuracy, reward model": {
             along: models[policy]["sampled/accuracy"],
             once: models[frozen]["sampled/accuracy"]},
-        "policy's reward, reward model": {
+        "reward, reward model": {
             along: mean_reward(rows, policy, judges[0].name),
             once: mean_reward(rows, frozen, "judge_1")},
-        "reward model, the policy's pairs": {
+        "reward model on the policy's pairs,": {
             "before": with_replay["before"][new],
             "after": with_replay["after"][new]},
-        "reward model, the first pairs": {
+        "reward model on the first pairs,": {
             "with replay": with_replay["after"][first],
             "without": without["after"][first]},
     }

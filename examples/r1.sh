@@ -17,7 +17,7 @@ OUTPUT_DIR=runs/r1
 TRAINER=python  # or "deepspeed --num_gpus 4"
 PORT=59875  # of the reference server
 COLD_ROWS=300
-COLD_STEPS=12
+COLD_STEPS=4
 COLD_LR=1e-4
 RL_STEPS=40  # of (b), to a plateau
 QUESTION_ROWS=400
@@ -35,7 +35,7 @@ MAX_COMPLETION_TOKENS=64
 EVAL_SAMPLES=4
 GRPO=  # more constants of grpo_train.py, with spaces between
 
-mapfile -t names < <(sed -n 's/^\([A-Z_]*\)=.*/\1/p' "$0")
+mapfile -t names < <(sed -n '/^MODEL=/,/^GRPO=/s/^\([A-Z_]*\)=.*/\1/p' "$0")
 for argument; do
   if [[ $argument != *=* || " ${names[*]} " != *" ${argument%%=*} "* ]]; then
     echo "unknown constant $argument: write NAME=value with one of ${names[*]}" >&2

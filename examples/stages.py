@@ -66,7 +66,8 @@ def draw(columns: list[str], panels: dict, picture) -> None:
     from matplotlib.figure import Figure  # here, because it takes half a second
 
     figure = Figure(figsize=(12, 7), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(2, -(-len(panels) // 2)).flat, panels.items()):
+    for number, (title, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(2, -(-len(panels) // 2), number)
         for label, points in lines.items():
             known = [(x, p["value"], p["value"] - p["low"], p["high"] - p["value"])
                      for x, p in enumerate(points) if p and p["value"] is not None]
