@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +24,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from grpo.policy import token_logps  # noqa: E402
+from examples.sft import SYSTEM_PROMPT, supervised_loss, written  # noqa: E402
 from grpo.constants import override_constants  # noqa: E402
+from grpo.data import to_prompt  # noqa: E402
+from grpo.policy import token_logps  # noqa: E402
 
 OUTPUT_DIR = "examples/arithmetic"
 SEED = 0
@@ -36,8 +39,6 @@ WARMUP_STEPS = 850  # supervised steps: fewer leave more for GRPO to teach, too 
 BATCH_SIZE = 16
 LR = 2e-3
 
-# As in grpo_train.py, which is not imported here because it loads DeepSpeed.
-SYSTEM_PROMPT = "First reason between <think> and </think>, then give the answer between <answer> and </answer>."
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -98,18 +99,13 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 def warm_up(model, tokenizer, problems: list[dict], rng: random.Random) -> None:
     """Supervised training on the written solutions, the questions themselves left out of the loss."""
-    encoded = []
-    for problem in problems:
-        messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": problem["question"]}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        encoded.append([tokenizer(text, add_special_tokens=False).input_ids
-                        for text in (prompt, problem["solution"] + tokenizer.eos_token)])
+    prompts = [to_prompt(problem, 0, tokenizer, SYSTEM_PROMPT, "question") for problem in problems]
+    samples = [written(prompt, prompt.columns["solution"], tokenizer) for prompt in prompts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
     for step in tqdm(range(WARMUP_STEPS), desc="supervised warm-up", unit="step"):
-        rows = rng.sample(encoded, BATCH_SIZE)
-        tokens = torch.tensor([token for prompt, solution in rows for token in prompt + solution])
-        lens = torch.tensor([[len(prompt), len(solution)] for prompt, solution in rows]).T
-        loss = -token_logps(model, tokens, *lens).mean()
+        rows = rng.sample(samples, BATCH_SIZE)
+        tokens = sum(len(row.tokens) for row in rows)
+        loss = supervised_loss(partial(token_logps, model), rows, tokens)
         for group in optimizer.param_groups:
             group["lr"] = LR * min((step + 1) / 20, 1 - step / WARMUP_STEPS)
         loss.backward()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# SmolLM2 learns to solve word problems, or to write 200 characters as in TRL's tutorial: reference server, training run,
-# evaluation of before and after. The server ends with the script, whatever happens.
+# SmolLM2 learns to solve word problems, or to write 200 characters as in TRL's tutorial: training, then an evaluation of
+# before and after.
 #   examples/smollm2.sh words OUTPUT_DIR [NAME=value ...]
 #   examples/smollm2.sh length OUTPUT_DIR [NAME=value ...]
 set -euo pipefail
@@ -8,7 +8,7 @@ task=$1 output=$2
 shift 2
 here=examples/smollm2
 case $task in
-words)  # the bonus for brevity ends the habit of going on until the limit
+words)  # the bonus for brevity ends the habit of explaining until the limit
     asked=(EVAL_DATASET=$here/heldout.jsonl SYSTEM_PROMPT="Answer with one short calculation." MAX_COMPLETION_TOKENS=32
         REWARDS=examples.smollm2:reward_number,0.3*examples.smollm2:reward_brief)
     training=(DATASET=$here/train.jsonl STEPS=40 EVAL_EVERY=10) ;;
@@ -20,10 +20,8 @@ length)
     exit 2 ;;
 esac
 python examples/smollm2.py
-python ref_server.py MODEL=$here/model &
-trap 'kill $! 2>/dev/null; wait $!' EXIT
-deepspeed --log_level warning --num_accelerators 1 grpo_train.py MODEL=$here/model "${asked[@]}" "${training[@]}" \
-    PROMPTS_PER_STEP=8 BETA=0.02 LR=1e-5 WARMUP_STEPS=3 OUTPUT_DIR="$output" "$@"
+MODEL=$here/model examples/demo.sh "$output" "${asked[@]}" "${training[@]}" \
+    PROMPTS_PER_STEP=8 BETA=0.02 LR=1e-5 WARMUP_STEPS=3 "$@"
 last=$(ls -d "$output"/step_* | sort -V | tail -1)
 python -m grpo.evaluate MODEL="$here/model,$last" "${asked[@]}" EVAL_SAMPLES=2 OUTPUT_DIR="$output"
 if [ "$task" = length ]; then python examples/smollm2.py "$output/evaluation.jsonl"; fi

@@ -15,6 +15,7 @@ from transformers import TrainerState
 
 from grpo.constants import explained, require
 from grpo.metrics import Metrics
+from grpo.reward_model import reward_model
 from grpo.types import Group, Prompt, Sample, samples_of, tokens_until
 
 # One for the whole run, because clients keep connections in it; not the thread's loop, which functions may be using
@@ -37,7 +38,8 @@ def name_of(function) -> str:
 
 
 def load_rewards(rewards: list) -> list[Reward]:
-    """The entries of REWARDS: functions, names (of rewards.py, or `module:function`), and (either, weight).
+    """The entries of REWARDS: functions, names, and (either, weight). A name is that of a function in rewards.py,
+    `module:function`, or a folder with a reward model.
 
     The command line writes a weight as "0.5*name". SystemExit names what is missing or doubled.
     """
@@ -50,10 +52,13 @@ def load_rewards(rewards: list) -> list[Reward]:
             module, _, name = place.rpartition(":")
             try:
                 weight = float(factor or weight)
-                function = getattr(importlib.import_module(module or "rewards"), name)
+                if os.path.isfile(f"{place}/config.json"):
+                    function = reward_model(place)
+                else:
+                    function = getattr(importlib.import_module(module or "rewards"), name)
             except Exception as error:  # importing a file of the user's may raise anything
                 raise SystemExit(f"no reward function {entry} ({type(error).__name__}: {error}): name one of "
-                                 "rewards.py, or module:function") from None
+                                 "rewards.py, module:function, or the folder of a reward model") from None
         name = name_of(function)
         require(callable(function), f"REWARDS holds {entry!r}, which is not a function")
         require(isfinite(weight), f"REWARDS: the weight of {name} is {weight}, not a finite number")

@@ -47,13 +47,15 @@ def run(folder: str, environment: dict, program: list[str]) -> None:
     os._exit(0)
 
 
-for line in sys.stdin:
-    with tempfile.TemporaryFile() as out:
-        child = os.fork()
-        if child == 0:
-            for number in 1, 2:
-                os.dup2(out.fileno(), number)
-            run(*json.loads(line))
-        _, status = os.waitpid(child, 0)
-        out.seek(0)
-        print(json.dumps([os.waitstatus_to_exitcode(status), out.read().decode(errors="replace")]), file=answers, flush=True)
+if __name__ == "__main__":
+    for line in sys.stdin:
+        with tempfile.TemporaryFile() as out:
+            child = os.fork()
+            if child == 0:
+                for number in 1, 2:
+                    os.dup2(out.fileno(), number)
+                run(*json.loads(line))
+            _, status = os.waitpid(child, 0)
+            out.seek(0)
+            result = os.waitstatus_to_exitcode(status), out.read().decode(errors="replace")
+            print(json.dumps(result), file=answers, flush=True)
