@@ -13,7 +13,12 @@ import sys
 def serve(path: str) -> None:
     sys.path.insert(0, os.path.dirname(__file__))
     from forked import run
+    import matplotlib.figure  # noqa: F401
+    from deepspeed.ops import op_builder
+    from deepspeed.runtime.zero.muon import original_muon  # noqa: F401: with all of torch.compile
+    from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
+    op_builder.AsyncIOBuilder().is_compatible(verbose=False)  # imports setuptools
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(path + ".unfinished")
     listener.listen(16)

@@ -290,7 +290,8 @@ def test_a_stage_that_fails_is_named_with_the_reason(recipe, questions, tmp_path
 def test_the_iterations_run_with_replay_and_both_controls(recipe, questions, tmp_path):
     folder = tmp_path / "iterative"
     command = ["python", "examples/iterative.py", *questions, f"OUTPUT_DIR={folder}", "ITERATIONS=2", "STEPS=2",
-               "JUDGE_STEPS=2", "EVAL_SAMPLES=2", f"GRPO={GRPO}"]  # fmt: skip
+               "JUDGE_STEPS=2", "SAMPLES=4", "EVAL_SAMPLES=2", "ANNOTATOR=examples.steps:reward_steps",
+               f"GRPO={GRPO}"]  # fmt: skip
     code, text = recipe(*command)
     assert code == 0, text
     records = {name: json.loads((folder / name / "training.json").read_text())
