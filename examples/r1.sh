@@ -25,7 +25,7 @@ SAMPLES=4
 SFT_STEPS=80
 SFT_LR=5e-4
 JUDGE_STEPS=60
-JUDGE_LR=2e-4
+JUDGE_LR=5e-4
 JUDGE_WEIGHT=0.5  # of the reward model beside RULES
 LAST_STEPS=20  # of (d); the control takes RL_STEPS + LAST_STEPS
 LR=5e-5  # of GRPO
@@ -108,7 +108,8 @@ run "rejection sampling" "$new/kept.jsonl" python examples/rejection_sample.py \
 sft "$new/kept.jsonl" "$new/model" STEPS="$SFT_STEPS" LR="$SFT_LR"
 
 # (d) GRPO with rules and a reward model: what people prefer, beyond what rules see.
-answers "$new/model" "$QUESTIONS" "$last/completions" "$SAMPLES" "$ANNOTATOR"
+# The policies of (a) and (c) write what is compared: those of (c) alone are too much alike to learn from.
+answers "$cold/model,$new/model" "$QUESTIONS" "$last/completions" "$SAMPLES" "$ANNOTATOR"
 run "reward model" "$last/judge" $TRAINER examples/preferences.py MODEL="$new/model" OUTPUT_DIR="$last/judge" \
   EVALUATION="$last/completions/evaluation.jsonl" STEPS="$JUDGE_STEPS" LR="$JUDGE_LR"
 grpo "$new/model" "$last/run" "$LAST_STEPS" "$RULES,$JUDGE_WEIGHT*$last/judge"
