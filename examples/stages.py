@@ -74,7 +74,7 @@ def draw(columns: list[str], panels: dict, picture) -> None:
             if known:
                 x, y, *errors = zip(*known)
                 axes.errorbar(x, y, [[max(0, e) for e in side] for side in errors], marker="o", capsize=3, label=label)
-        axes.set(title=title)
+        axes.set(title=title.rstrip(","))
         axes.set_xticks(range(len(columns)), columns, rotation=20)
         axes.grid(alpha=0.3)
         if len(lines) > 1:
