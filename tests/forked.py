@@ -21,6 +21,11 @@ import grpo.evaluate  # noqa: E402, F401
 import ref_server  # noqa: E402, F401
 
 
+def end(code: int) -> None:
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def run(folder: str, environment: dict, program: list[str]) -> None:
     os.chdir(folder)
     os.environ.update(environment)
@@ -40,11 +45,11 @@ def run(folder: str, environment: dict, program: list[str]) -> None:
     except SystemExit as error:
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
-        os._exit(bool(error.code))
+        end(bool(error.code))
     except BaseException:
         traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+        end(1)
+    end(0)
 
 
 if __name__ == "__main__":
