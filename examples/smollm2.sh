@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# SmolLM2 learns to solve word problems, or to write 200 characters as in TRL's tutorial: training, then an evaluation of
-# before and after.
+# SmolLM2 learns to solve word problems, or to write 200 characters as in TRL's tutorial: training, then an evaluation
+# of before and after.
 #   examples/smollm2.sh words OUTPUT_DIR [NAME=value ...]
 #   examples/smollm2.sh length OUTPUT_DIR [NAME=value ...]
 set -euo pipefail
