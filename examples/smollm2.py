@@ -71,7 +71,8 @@ NAMES = ("Ann Bob Carla David Emma Frank Grace Henry Ivy Jack Kate Leo Mia Noah 
 ASKED = ("Tell me something about {}.", "What is good about {}?", "Explain {} to a child.",
          "Why do people like {}?")
 TOPICS = ("the sea,rain,bread,old maps,bicycles,cats,the moon,football,trains,painting,gardens,snow,books,bridges,"
-          "coffee,honey bees,mountains,music,fire,clocks,the desert,ships,tea,winter,forests,chess,cooking,rivers,stars,dogs"
+          "coffee,honey bees,mountains,music,fire,clocks,the desert,ships,tea,winter,forests,chess,cooking,"
+          "rivers,stars,dogs"
           ).split(",")
 THINGS = "apple book coin pencil stamp marble shell card cookie balloon flower sticker toy ball egg orange".split()
 
