@@ -63,11 +63,11 @@ def make_problem(rng: random.Random) -> dict:
     return {"question": f"What is {question}?", "answer": str(total), "solution": solution}
 
 
-def make_problems(count: int, rng: random.Random) -> list[dict]:
-    """`count` problems, no question twice."""
+def make_problems(count: int, rng: random.Random, make=make_problem) -> list[dict]:
+    """`count` problems of a task, no question twice."""
     problems = {}
     while len(problems) < count:
-        problem = make_problem(rng)
+        problem = make(rng)
         problems[problem["question"]] = problem
     return list(problems.values())
 

@@ -93,15 +93,6 @@ def make_problem(rng: random.Random) -> dict:
     return {"question": question, "answer": str(int(x)), "kind": number}
 
 
-def make_problems(count: int, rng: random.Random) -> list[dict]:
-    """`count` problems, no question twice."""
-    problems = {}
-    while len(problems) < count:
-        problem = make_problem(rng)
-        problems[problem["question"]] = problem
-    return list(problems.values())
-
-
 def reward_number(completions, answer, **columns) -> list[float]:
     """1 where the last number of the completion is the answer, otherwise 0."""
     found = [re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", "")) for text in texts(completions)]
@@ -136,7 +127,9 @@ def main() -> None:
     """Writes examples/smollm2/: model/ and data sets; all of it or nothing."""
     if FOLDER.exists():
         return
-    problems = make_problems(TRAIN_PROBLEMS + HELDOUT_PROBLEMS, random.Random(0))
+    from examples.arithmetic import make_problems  # here, because it loads DeepSpeed
+
+    problems = make_problems(TRAIN_PROBLEMS + HELDOUT_PROBLEMS, random.Random(0), make_problem)
     files = {
         "train": problems[:TRAIN_PROBLEMS],
         "heldout": problems[TRAIN_PROBLEMS:],

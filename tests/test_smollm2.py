@@ -3,6 +3,7 @@ import random
 from importlib.util import find_spec
 from pathlib import Path
 
+import arithmetic
 import pytest
 import torch
 from conftest import ROOT, rows
@@ -20,7 +21,7 @@ needs_model = pytest.mark.skipif(not FOLDER.exists(), reason="python examples/sm
 
 
 def test_no_problem_comes_twice_and_numbers_are_in_the_text():
-    problems = smollm2.make_problems(2000, random.Random(1))
+    problems = arithmetic.make_problems(2000, random.Random(1), smollm2.make_problem)
     assert len({problem["question"] for problem in problems}) == 2000
     assert len({problem["kind"] for problem in problems}) == len(smollm2.KINDS) >= 15
     for problem in problems:
