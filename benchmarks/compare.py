@@ -157,6 +157,10 @@ def eager(*work) -> dict:
     return ours(*work, SAMPLER="transformers")
 
 
+def frugal(*work) -> dict:
+    return ours(*work, MICRO_BATCH_TOKENS=1024)
+
+
 def trl_config(**options):
     """What TRL needs for the loss and the optimizer of this project, and to be quiet."""
     import torch

@@ -129,7 +129,9 @@ def main() -> None:
         return
     from examples.arithmetic import make_problems  # here, because it loads DeepSpeed
 
-    problems = make_problems(TRAIN_PROBLEMS + HELDOUT_PROBLEMS, random.Random(0), make_problem)
+    rng = random.Random(0)
+    problems = make_problems(TRAIN_PROBLEMS + HELDOUT_PROBLEMS, rng, make_problem)
+    rng.shuffle(problems)  # kinds with few problems are used up early, and would not be held out
     files = {
         "train": problems[:TRAIN_PROBLEMS],
         "heldout": problems[TRAIN_PROBLEMS:],
