@@ -71,7 +71,7 @@ def shape(name):
     from grpo import policy
     from grpo.sampling import graph
     from grpo.sampling import sample
-    sections = {"0.5b": (benchmark,), "1.5b": (benchmark, training, profile, decoding)}[name]
+    sections = {"0.5b": (benchmark,), "1.5b": (benchmark, training, profile)}[name]
     say(f"{name} imports", seconds=time.time() - START, device=torch.cuda.get_device_name() if CUDA else "cpu")
     for section in sections:
         began = time.time()
@@ -152,59 +152,6 @@ def profile(name):
                 print(f"{cost(e) / total:6.1%} {cost(e) / 1e3:9.2f} ms {e.count:7d}  {e.key[:150]}", file=file)
         say(f"{name} profile, {title}", gpu_ms=total / 1e3, kernels=sum(e.count for e in kernels),
             top=[f"{cost(e) / total:.0%} {e.key[:48]}" for e in kernels[:5]])
-
-
-def decoding(name):
-    """What recording costs while sampling, what rooms of 256 tokens from the start save, and what one product of
-    matrices for query, key and value does."""
-    from torch.nn import functional
-
-    from grpo.sampling import transformers
-    model = gpu.make_model(name)
-    count, marks, original = 8 if SMALL else 256, [], graph.record
-
-    def now():
-        if CUDA:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def record(step):
-        marks.append(now())
-        replay = original(step)
-        marks.append(now())
-        return replay
-
-    def join(module):
-        linears = module.q_proj, module.k_proj, module.v_proj
-        weight = torch.cat([linear.weight for linear in linears])
-        bias = torch.cat([linear.bias for linear in linears])
-        widths, found = [linear.out_features for linear in linears], []
-
-        def query(hidden):
-            found[:] = functional.linear(hidden, weight, bias).split(widths, -1)
-            return found[0]
-        module.q_proj.forward, module.k_proj.forward, module.v_proj.forward = query, lambda _: found[1], lambda _: found[2]
-
-    graph.record = record
-    try:
-        for title, block, joined in ("as it is", 64, False), ("rooms of 256", 256, False), ("joined too", 256, True):
-            if joined:
-                with torch.no_grad():
-                    for module in model.modules():
-                        if hasattr(module, "q_proj"):
-                            join(module)
-            transformers.BLOCK = block
-            for _ in range(3):
-                marks.clear()
-                began = now()
-                sample(model, [[5] * 128] * 8, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=range(8),
-                        decode=graph.decode)
-                ended = now()
-            marks_ms = [round(1e3 * (later - sooner), 1) for sooner, later in zip([began, *marks], [*marks, ended])]
-            say(f"{name} decoding, {title}", seconds=ended - began, ms_a_token=1e3 * (ended - began) / count,
-                parts_ms=str(marks_ms))
-    finally:
-        graph.record, transformers.BLOCK = original, 64
 
 
 if __name__ == "__main__":

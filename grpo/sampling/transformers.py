@@ -12,6 +12,7 @@ from grpo.sampling.step import masks, next_logits, windows
 from grpo.types import Group, Prompt, Sample
 
 BLOCK = 64  # tokens from one look for finished groups to the next
+ROOM = 256  # tokens that a recorded step has room for: recording takes as long as a dozen of its repetitions
 LOOK_EVERY = 8  # on an accelerator, tokens between two looks for ended sequences: a look makes Python wait for it
 
 
@@ -81,7 +82,7 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
 
     count, places = 0, rows // group_size  # tokens of each so far, and where among those before each of the rows is
     while len(rows) and count < max_tokens:
-        start, room, live = count, min(max(BLOCK, count), max_tokens - count), rows
+        start, room, live = count, min(max(ROOM if record else BLOCK, count), max_tokens - count), rows
         logits, mask, position = (tensor[places] for tensor in (logits, mask, position))
         for layer, state in enumerate(states):  # one after the other, because together they are twice the memory
             states[layer] = functional.pad(state[places, :, : longest + count], (0, 0, 0, room))
