@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # A training run and its reference server, which ends with the script, whatever happens.
-#   examples/demo.sh OUTPUT_DIR [NAME=value ...]                        the main job on the embedded model
-#   MODEL=... PORT=... TRAINER=python examples/demo.sh OUTPUT_DIR ...   for the recipes
+#   examples/demo.sh OUTPUT_DIR [NAME=value ...]     the main job on the embedded model; or with a MODEL=, REF_SERVER=
+#   TRAINER=python examples/demo.sh OUTPUT_DIR ...   without DeepSpeed's launcher
 set -euo pipefail
-MODEL=${MODEL:-examples/arithmetic/model} PORT=${PORT:-59875}
-TRAINER=${TRAINER:-deepspeed --log_level warning --num_accelerators 1}
-python ref_server.py MODEL="$MODEL" PORT="$PORT" &
+model=examples/arithmetic/model address=http://127.0.0.1:59875
+for argument; do
+    case $argument in
+    MODEL=*) model=${argument#*=} ;;
+    REF_SERVER=*) address=${argument#*=} ;;
+    esac
+done
+python ref_server.py MODEL="$model" PORT="${address##*:}" &
 trap 'kill $! 2>/dev/null; wait $!' EXIT
-$TRAINER grpo_train.py MODEL="$MODEL" REF_SERVER="http://127.0.0.1:$PORT" OUTPUT_DIR="$@"
+${TRAINER:-deepspeed --log_level warning --num_accelerators 1} \
+    grpo_train.py MODEL="$model" REF_SERVER="$address" OUTPUT_DIR="$@"

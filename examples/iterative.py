@@ -47,12 +47,12 @@ PORT = 59875  # of the reference server
 GRPO = ""  # more constants of grpo_train.py, with spaces between
 
 
-def run(title: str, result: Path, command: list, **environment) -> None:
+def run(title: str, result: Path, command: list) -> None:
     """The command, unless its result is there. SystemExit names it if it fails."""
     if result.exists():
         return
     print(f"\n=== {title}", flush=True)
-    code = subprocess.run([*map(str, command)], env=os.environ | environment).returncode
+    code = subprocess.run([*map(str, command)], env=os.environ | {"TRAINER": TRAINER}).returncode
     require(code == 0 and result.exists(), f"{title} failed or was stopped, see above; the same command goes on there")
 
 
@@ -81,10 +81,10 @@ def train_judge(start, folder: Path, evaluations: list[Path], replay: float) -> 
 
 def train_policy(start, folder: Path, judge: Path) -> Path:
     """A policy after STEPS of GRPO against a reward model; the start is the reference."""
-    command = ["examples/demo.sh", folder, *common(), f"DATASET={DATASET}", f"EVAL_DATASET={EVAL_DATASET}",
-               f"REWARDS={judge}", f"STEPS={STEPS}", f"LR={LR}", f"BETA={BETA}", "EVAL_EVERY=0", *shlex.split(GRPO)]
+    command = ["examples/demo.sh", folder, *common(), f"MODEL={start}", f"REF_SERVER=http://127.0.0.1:{PORT}",
+               f"DATASET={DATASET}", f"EVAL_DATASET={EVAL_DATASET}", f"REWARDS={judge}", f"STEPS={STEPS}", f"LR={LR}", f"BETA={BETA}", "EVAL_EVERY=0", *shlex.split(GRPO)]
     result = folder / f"step_{STEPS}"
-    run(f"GRPO: {folder}", result, command, MODEL=str(start), PORT=str(PORT), TRAINER=TRAINER)
+    run(f"GRPO: {folder}", result, command)
     return result
 
 

@@ -52,7 +52,7 @@ if [[ -e $OUTPUT_DIR/settings && $settings != "$(< "$OUTPUT_DIR/settings")" ]]; 
   diff "$OUTPUT_DIR/settings" - <<< "$settings" >&2 || exit 1
 fi
 echo "$settings" > "$OUTPUT_DIR/settings"
-export MODEL PORT TRAINER  # for demo.sh
+export TRAINER  # for demo.sh
 
 # What it is, what it leaves when it is done, and its command.
 run() {
@@ -73,8 +73,8 @@ sft() {  # rows, folder, constants
     OUTPUT_DIR="$2" MAX_TOKENS=$((MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS)) "${@:3}"
 }
 grpo() {  # model, folder, steps, rewards
-  MODEL=$1 run "GRPO: $2" "$2/step_$3" examples/demo.sh "$2" "${common[@]}" "${limits[@]}" STEPS="$3" REWARDS="$4" \
-    DATASET="$DATASET" EVAL_DATASET="$EVAL_DATASET" LR="$LR" BETA="$BETA" $GRPO
+  run "GRPO: $2" "$2/step_$3" examples/demo.sh "$2" "${common[@]}" "${limits[@]}" MODEL="$1" STEPS="$3" REWARDS="$4" \
+    REF_SERVER="http://127.0.0.1:$PORT" DATASET="$DATASET" EVAL_DATASET="$EVAL_DATASET" LR="$LR" BETA="$BETA" $GRPO
 }
 answers() {  # model, questions, folder, samples, rewards
   run "completions: $3" "$3/evaluation.html" python -m grpo.evaluate "${common[@]}" "${limits[@]}" MODEL="$1" \

@@ -100,9 +100,10 @@ def reward_number(completions, answer, **columns) -> list[float]:
             for numbers, gold in zip(found, answer, strict=True)]
 
 
-def reward_brief(completions, **columns) -> list[float]:
-    """1 for at most 60 characters: long enough for two calculations."""
-    return [float(len(text) <= 60) for text in texts(completions)]
+def reward_form(completions, **columns) -> list[float]:
+    """1 for a calculation in at most 60 characters, long enough for two. Any short text instead, and the policy soon
+    writes nothing but a number."""
+    return [float(len(text) <= 60 and bool(re.search(r"\d [-+*x/] \d+ = \d", text))) for text in texts(completions)]
 
 
 def write_model(folder: Path) -> None:

@@ -8,9 +8,9 @@ task=$1 output=$2
 shift 2
 here=examples/smollm2
 case $task in
-words)  # the bonus for brevity ends the habit of explaining until the limit
+words)  # the second reward ends the habit of explaining until the limit
     asked=(EVAL_DATASET=$here/heldout.jsonl SYSTEM_PROMPT="Answer with one short calculation." MAX_COMPLETION_TOKENS=32
-        REWARDS=examples.smollm2:reward_number,0.3*examples.smollm2:reward_brief)
+        REWARDS=examples.smollm2:reward_number,0.3*examples.smollm2:reward_form)
     training=(DATASET=$here/train.jsonl STEPS=40 EVAL_EVERY=10) ;;
 length)
     asked=(EVAL_DATASET=$here/topics-heldout.jsonl SYSTEM_PROMPT= MAX_COMPLETION_TOKENS=96 REWARDS=reward_len)
@@ -20,7 +20,7 @@ length)
     exit 2 ;;
 esac
 python examples/smollm2.py
-MODEL=$here/model examples/demo.sh "$output" "${asked[@]}" "${training[@]}" \
+examples/demo.sh "$output" MODEL=$here/model "${asked[@]}" "${training[@]}" \
     PROMPTS_PER_STEP=8 BETA=0.02 LR=1e-5 WARMUP_STEPS=3 "$@"
 last=$(ls -d "$output"/step_* | sort -V | tail -1)
 python -m grpo.evaluate MODEL="$here/model,$last" "${asked[@]}" EVAL_SAMPLES=2 OUTPUT_DIR="$output"

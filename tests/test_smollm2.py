@@ -41,6 +41,13 @@ def test_the_last_number_counts(completion, right):
     assert smollm2.reward_number([completion], ["7"]) == [right]
 
 
+@pytest.mark.parametrize("completion, right", [
+    ("3 + 4 = 7", 1), ("Ann has 12 - 4 = 8 eggs.", 1), ("2 x 3 = 6, 6 + 1 = 7", 1), ("7", 0), ("", 0), ("3 + 4", 0),
+    ("= 7", 0), ("3 + 4 = seven", 0), ("3 + 4 = 7" + " and so on" * 6, 0)])
+def test_the_form_is_a_short_calculation(completion, right):
+    assert smollm2.reward_form([completion]) == [right]
+
+
 def test_lengths_are_shown_for_both_models(tmp_path, capsys):
     path = tmp_path / "evaluation.jsonl"
     written = {"one": ["a" * 500, "a" * 300], "other": ["a" * 190, "a" * 240]}
