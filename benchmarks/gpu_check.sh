@@ -153,7 +153,7 @@ if test -d examples/smollm2; then
     fi
     test -n "$GPU" && for program in ours trl; do
         part "11 smollm2 until +20 points, $program" 120 bash -c \
-            "python benchmarks/learning.py run $program smollm2 0.365 >$W/learning_$program.json" &&
+            "python benchmarks/learning.py run $program smollm2 0.335 >$W/learning_$program.json" &&
             python $PROBE compare "learning $program" "$W/learning_$program.json" >>"$LOG" 2>&1
     done
 fi

@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py                        # needs tests/requirements.txt and examples/arithmetic.py
     python benchmarks/learning.py rounds=3 until=0.9
-    python benchmarks/learning.py task=smollm2 rounds=1 until=0.365      # after python examples/smollm2.py
+    python benchmarks/learning.py task=smollm2 rounds=1 until=0.335      # after python examples/smollm2.py
 
 The same prompts a step, group size, limits, rewards, optimizer, learning rate, warm-up and KL weight. Both are judged
 after every step by the same greedy evaluation, outside their time. The reference server shares this machine.
