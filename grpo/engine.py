@@ -20,20 +20,21 @@ def start_engine(module, config: dict):
     engine.basic_optimizer.register_step_pre_hook(drop_bad_gradients)
     engine.enable_backward_allreduce = dist.get_world_size() > 1 or engine.zero_optimization_stage() > 0
     if config["bf16"]["enabled"]:
-        spread_masters(engine.optimizer)
+        spread_masters(engine)
     engine.monitor.enabled = False  # for DeepSpeed's own events, which do not count steps
     gc.freeze()  # the garbage collector need not look at what is loaded: a few percent of a small model's step
     return engine
 
 
-def spread_masters(optimizer) -> None:
+def spread_masters(engine) -> None:
     """Moves AdamW's float32 weights by less than what bfloat16 rounds away, each by a random number of its own.
 
     They start as weights in bfloat16, so a step changes none of these until it adds up to half the distance to the next
     one, 0.2 % of a weight: the first dozens of steps of GRPO, whose LR is small, would be lost. From random places, a
     step takes as many weights over the edge as it would move the mean by.
     """
-    masters = getattr(optimizer, "fp32_partitioned_groups_flat", None) or optimizer.single_partition_of_fp32_groups
+    masters = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
+    masters = masters or [one for group in engine.basic_optimizer.param_groups for one in group["params"]]
     random = torch.Generator(masters[0].device).manual_seed(dist.get_rank())
     for piece in (piece for master in masters for piece in master.data.split(2**24)):
         distance = torch.exp2(piece.frexp().exponent - 8)
