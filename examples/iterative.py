@@ -82,7 +82,8 @@ def train_judge(start, folder: Path, evaluations: list[Path], replay: float) -> 
 def train_policy(start, folder: Path, judge: Path) -> Path:
     """A policy after STEPS of GRPO against a reward model; the start is the reference."""
     command = ["examples/demo.sh", folder, *common(), f"MODEL={start}", f"REF_SERVER=http://127.0.0.1:{PORT}",
-               f"DATASET={DATASET}", f"EVAL_DATASET={EVAL_DATASET}", f"REWARDS={judge}", f"STEPS={STEPS}", f"LR={LR}", f"BETA={BETA}", "EVAL_EVERY=0", *shlex.split(GRPO)]
+               f"DATASET={DATASET}", f"EVAL_DATASET={EVAL_DATASET}", f"REWARDS={judge}", f"STEPS={STEPS}", f"LR={LR}",
+               f"BETA={BETA}", "EVAL_EVERY=0", *shlex.split(GRPO)]
     result = folder / f"step_{STEPS}"
     run(f"GRPO: {folder}", result, command)
     return result
