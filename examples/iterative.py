@@ -63,7 +63,7 @@ def common() -> list[str]:
 
 def answers(models: str, questions: str, folder: Path, samples: int, rewards: str) -> Path:
     """evaluation.jsonl: completions of one model, or of two."""
-    command = [sys.executable, "-m", "grpo.evaluate", *common(), f"MODEL={models}", f"EVAL_DATASET={questions}",
+    command = ["python", "-m", "grpo.evaluate", *common(), f"MODEL={models}", f"EVAL_DATASET={questions}",
                f"OUTPUT_DIR={folder}", f"EVAL_SAMPLES={samples}", f"REWARDS={rewards}"]
     run(f"completions: {folder}", folder / "evaluation.html", command)
     return folder / "evaluation.jsonl"

@@ -118,15 +118,15 @@ grpo "$new/model" "$last/run" "$LAST_STEPS" "$RULES,$JUDGE_WEIGHT*$last/judge"
 steps=$((RL_STEPS + LAST_STEPS))
 grpo "$start" "$control/run" "$steps" "$RULES"
 
-stages=()
-measure() {  # stage, model
-  answers "$2" "$EVAL_DATASET" "$1/heldout" "$EVAL_SAMPLES" "$RULES,0*$ANNOTATOR"
-  stages+=("$1/heldout")
+# Two models an evaluation.
+measured=()
+measure() {
+  local folder=$OUTPUT_DIR/heldout_$((${#measured[@]} + 1))
+  answers "$1" "$EVAL_DATASET" "$folder" "$EVAL_SAMPLES" "$RULES,0*$ANNOTATOR"
+  measured+=("$folder")
 }
-measure "$OUTPUT_DIR/start" "$start"
-measure "$cold" "$cold/model"
-measure "$rl" "$rl/run/step_$RL_STEPS"
-measure "$new" "$new/model"
-measure "$last" "$last/run/step_$LAST_STEPS"
-measure "$control" "$control/run/step_$steps"
-python examples/stages.py FOLDERS="$(IFS=,; echo "${stages[*]}")" PICTURE="$OUTPUT_DIR/stages.png"
+measure "$start,$cold/model"
+measure "$rl/run/step_$RL_STEPS,$new/model"
+measure "$last/run/step_$LAST_STEPS,$control/run/step_$steps"
+python examples/stages.py FOLDERS="$(IFS=,; echo "${measured[*]}")" \
+  STAGES=start,a_cold_start,b_rl,c_sampled,d_rl,only_rl PICTURE="$OUTPUT_DIR/stages.png"

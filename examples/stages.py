@@ -1,8 +1,8 @@
 """The table and the picture of a recipe, from the evaluations of its stages.
 
-    python examples/stages.py FOLDERS=runs/r1/start/heldout,runs/r1/cold_start/heldout PICTURE=runs/r1/stages.png
+    python examples/stages.py FOLDERS=runs/r1/heldout_1 STAGES=start,a_cold_start PICTURE=runs/r1/stages.png
 
-Each folder has what `python -m grpo.evaluate` writes about one model, and is called after the folder around it. The
+Each folder has what `python -m grpo.evaluate` writes about one model or two; the stages are their models, in order. The
 last of the evaluation's REWARDS is one that the policies did not see.
 """
 import json
@@ -11,11 +11,12 @@ from pathlib import Path
 from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from grpo.constants import explained, override_constants  # noqa: E402
+from grpo.constants import explained, override_constants, require  # noqa: E402
 from grpo.data import read_jsonl  # noqa: E402
 from grpo.evaluate import interval  # noqa: E402
 
-FOLDERS = ["runs/r1/start/heldout"]
+FOLDERS = ["runs/r1/heldout_1"]
+STAGES = ["start", "a_cold_start"]
 PICTURE = "runs/r1/stages.png"
 MEASURES = {  # what the table calls them, and what evaluation.json does
     "accuracy, greedy": "greedy/accuracy",
@@ -35,14 +36,14 @@ def mean_reward(rows: list[dict], model: str, reward: str) -> dict:
     return interval([fmean(values) for values in problems.values()], "mean")
 
 
-def measures_of(folder: Path) -> dict:
-    with explained(f"{folder} holds no evaluation of one model"):
+def measures_of(folder: Path) -> list[dict]:
+    """What is shown of each of the evaluation's models."""
+    with explained(f"{folder} holds no evaluation"):
         results = json.loads((folder / "evaluation.json").read_text())
-        [model] = results["models"]
         *_, hidden = results["REWARDS"]
         rows = read_jsonl(folder / "evaluation.jsonl")
-        known = {title: model[name] for title, name in MEASURES.items() if name in model}
-        return known | {f"{hidden}, sampled": mean_reward(rows, model["model"], hidden)}
+        return [{title: model[name] for title, name in MEASURES.items() if name in model}
+                | {f"{hidden}, sampled": mean_reward(rows, model["model"], hidden)} for model in results["models"]]
 
 
 def show(columns: list[str], panels: dict, picture) -> None:
@@ -83,10 +84,10 @@ def draw(columns: list[str], panels: dict, picture) -> None:
 
 
 def main():
-    folders = [Path(name) for name in FOLDERS]
-    found = [measures_of(folder) for folder in folders]
+    found = sum((measures_of(Path(folder)) for folder in FOLDERS), [])
+    require(len(found) == len(STAGES), f"STAGES: {len(STAGES)} names for {len(found)} models in FOLDERS")
     panels = {title: {"": [measures.get(title) for measures in found]} for title in found[0]}
-    show([folder.parent.name for folder in folders], panels, PICTURE)
+    show(STAGES, panels, PICTURE)
 
 
 if __name__ == "__main__":

@@ -267,11 +267,11 @@ def test_the_four_stages_run_and_go_on_where_they_ended(recipe, questions, tmp_p
     assert "accuracy, greedy" in table and "reward_steps, sampled" in table and (folder / "stages.png").exists()
 
     shutil.rmtree(folder / "d_rl/run")  # as if it had been killed there
-    shutil.rmtree(folder / "d_rl/heldout")
+    shutil.rmtree(folder / "heldout_3")
     code, again = recipe(*command)
     assert code == 0, again
     assert [line for line in again.splitlines() if line.startswith("===")] == [
-        f"=== GRPO: {folder}/d_rl/run", f"=== completions: {folder}/d_rl/heldout"]  # fmt: skip
+        f"=== GRPO: {folder}/d_rl/run", f"=== completions: {folder}/heldout_3"]  # fmt: skip
     assert again.split("\n\n")[-2:] == text.split("\n\n")[-2:]  # the same table
 
     code, text = recipe(*command, "LR=1e-4")
