@@ -36,10 +36,11 @@ def spread_masters(engine) -> None:
     masters = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
     masters = masters or [one for group in engine.basic_optimizer.param_groups for one in group["params"]]
     random = torch.Generator(masters[0].device).manual_seed(dist.get_rank())
-    for piece in (piece for master in masters for piece in master.data.split(2**24)):
-        distance = torch.exp2(piece.frexp().exponent - 8)
-        moved = piece + distance * (torch.rand(piece.shape, generator=random, device=piece.device) - 0.5)
-        piece.copy_(torch.where(moved.bfloat16() == piece, moved, piece))
+    for master in masters:
+        for piece in master.data.split(2**24):  # all at once would need several times their memory
+            distance = torch.exp2(piece.frexp().exponent - 8)  # from one weight in bfloat16 to the next
+            moved = piece + distance * (torch.rand(piece.shape, generator=random, device=piece.device) - 0.5)
+            piece.copy_(torch.where(moved.bfloat16() == piece, moved, piece))
 
 
 def make_batches(groups: list[Group], budget: int, device) -> list[MicroBatch]:
