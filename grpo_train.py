@@ -200,7 +200,7 @@ def GRPO_step(logps: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dic
 
 # ------------------------------------------------------------------------------------------------- the loop
 
-def teaching(groups: list[Group]) -> list[Group]:
+def groups_to_train_on(groups: list[Group]) -> list[Group]:
     """The groups that are trained on: all, or with DROP_EQUAL_GROUPS those with a signal."""
     return [group for group in groups if group.has_signal() or not DROP_EQUAL_GROUPS]
 
@@ -250,7 +250,7 @@ def main():
             metrics.lap("sample")
             score(finished, rewards, tokenizer, metrics)
             if reference:
-                reference.request(teaching(finished))
+                reference.request(groups_to_train_on(finished))
             groups += finished
             metrics.lap("reward")
         groups.sort(key=lambda group: prompts.index(group.prompt))  # they finish in any order
@@ -261,7 +261,7 @@ def main():
         set_token_weights(groups)
 
         # 4. Micro-batches of the groups that have something to teach, equally many on every process.
-        batches = make_batches(teaching(groups), budget, engine.device)
+        batches = make_batches(groups_to_train_on(groups), budget, engine.device)
 
         # 5. The update. Losses are sums, so it does not matter how the step is split.
         set_lr(engine, lr := LR * min(1, step / max(1, WARMUP_STEPS)))

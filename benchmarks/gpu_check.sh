@@ -11,8 +11,8 @@
 # Without a GPU (OUT=/tmp/o W=/tmp/w LIMIT=3000 bash benchmarks/gpu_check.sh) the same parts run with tiny shapes.
 #
 # Seconds on an H100: 1 install 12 | 2 demo 65, resumed 20 | 3 tests 45 | 4 memory 25 | 5 longest completion 60 | 6 variants
-# 60 | 7 compare: ours 45, frugal 45, TRL 55 | 8 0.5B 25 | 9 1.5B 50 | 10 SmolLM2 on word problems, if examples/smollm2 is
-# there, 90 | 11 the same beside TRL 90; what is left over when LIMIT is up is skipped.
+# 60 | 7 compare: ours 45, with small micro-batches 45, TRL 55 | 8 0.5B 25 | 9 1.5B 50 | 10 SmolLM2 on word problems, if
+# examples/smollm2 is there, 90 | 11 the same beside TRL 90; what is left over when LIMIT is up is skipped.
 set -u
 test -f grpo_train.py || { echo "run this in the root of the checkout"; exit 2; }
 SECONDS=0
@@ -130,7 +130,7 @@ wants 6 && python $PROBE variants "${DONE[@]/#/$W/v/}" >>"$LOG" 2>&1
 
 # ------------------------------------------------------------------------------------------------ 7. beside TRL
 export TORCH_CUDNN_SDPA_DEPRIORITIZED=1  # for TRL too: without it torch 2.11 plans attention anew at each decoded token
-for program in ours frugal trl; do
+for program in ours ours:1024 trl; do
     part "7 compare $program" $(test -n "$GPU" && echo 110 || echo 300) bash -c \
         "python benchmarks/compare.py run $program $W/model $STEPS $PROMPTS $TOKENS exact $THREADS >$W/$program.json" &&
         python $PROBE compare $program "$W/$program.json" >>"$LOG" 2>&1

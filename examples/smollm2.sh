@@ -11,17 +11,16 @@ case $task in
 words)  # the second reward ends the habit of explaining until the limit
     asked=(EVAL_DATASET=$here/heldout.jsonl SYSTEM_PROMPT="Answer with one short calculation." MAX_COMPLETION_TOKENS=32
         REWARDS=examples.smollm2:reward_number,0.3*examples.smollm2:reward_form)
-    training=(DATASET=$here/train.jsonl STEPS=40 EVAL_EVERY=10) ;;
+    training=(DATASET=$here/train.jsonl STEPS=40 EVAL_EVERY=10 PROMPTS_PER_STEP=8 LR=1e-5 WARMUP_STEPS=3) ;;
 length)
     asked=(EVAL_DATASET=$here/topics-heldout.jsonl SYSTEM_PROMPT= MAX_COMPLETION_TOKENS=96 REWARDS=reward_len)
-    training=(DATASET=$here/topics.jsonl STEPS=30 EVAL_EVERY=10) ;;
+    training=(DATASET=$here/topics.jsonl STEPS=20 EVAL_EVERY=5 PROMPTS_PER_STEP=4 LR=2e-5 WARMUP_STEPS=2) ;;
 *)
     echo "task $task: expected words or length" >&2
     exit 2 ;;
 esac
 python examples/smollm2.py
-examples/demo.sh "$output" MODEL=$here/model "${asked[@]}" "${training[@]}" \
-    PROMPTS_PER_STEP=8 BETA=0.02 LR=1e-5 WARMUP_STEPS=3 "$@"
+examples/demo.sh "$output" MODEL=$here/model "${asked[@]}" "${training[@]}" BETA=0.02 MICRO_BATCH_TOKENS=2048 "$@"
 last=$(ls -d "$output"/step_* | sort -V | tail -1)
 python -m grpo.evaluate MODEL="$here/model,$last" "${asked[@]}" EVAL_SAMPLES=2 OUTPUT_DIR="$output"
 if [ "$task" = length ]; then python examples/smollm2.py "$output/evaluation.jsonl"; fi

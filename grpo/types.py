@@ -74,16 +74,19 @@ def pack(samples: list[Sample]) -> list[torch.Tensor]:
 
 
 def split(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices of rows of these lengths in batches of similar length, longest first: rows x longest <= budget tokens.
+    """Indices of rows of these lengths in batches, rows x longest <= budget tokens, each with the longest row first.
 
-    A row over the budget is a batch by itself.
+    The long rows are in the first batches; of rows less than twice as long, neighbours stay together, since those of a
+    group share their prompt. A row over the budget is a batch by itself.
     """
-    batches = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > budget:
+    batches, longest = [], 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index].bit_length()):
+        longest = max(longest, lengths[index])
+        if not batches or longest * (len(batches[-1]) + 1) > budget:
             batches.append([])
+            longest = lengths[index]
         batches[-1].append(index)
-    return batches
+    return [sorted(batch, key=lambda index: -lengths[index]) for batch in batches]
 
 
 def in_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:

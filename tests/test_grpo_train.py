@@ -398,7 +398,7 @@ def test_equal_groups_are_trained_on_for_their_kl_if_that_is_wanted(alone, monke
     losses, parts = {}, [torch.tensor(values, dtype=torch.float64) for values in (logps, ref)]
     for drop in False, True:
         monkeypatch.setattr(grpo_train, "DROP_EQUAL_GROUPS", drop)
-        kept = [sample for group in grpo_train.teaching(groups) for sample in group.samples]
+        kept = [sample for group in grpo_train.groups_to_train_on(groups) for sample in group.samples]
         ours, theirs = (torch.cat([part[sample.tokens] for sample in kept]) for part in parts)
         advantages = torch.tensor([sample.advantages[0] for sample in kept], dtype=torch.float64)
         weights = torch.tensor([sample.weight for sample in kept], dtype=torch.float64)
@@ -429,7 +429,13 @@ def test_micro_batches_keep_to_the_budget_and_lose_no_row():
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= 100
+        assert lengths[batch[0]] == max(lengths[index] for index in batch)
     assert batches[0] == [6]  # the largest first, so that a lack of memory shows at once
+
+
+def test_a_group_whose_rows_are_of_similar_length_stays_together():
+    lengths = [70, 100, 65, 90, 80, 66, 101, 95, 1000]  # two groups of four, and a row of another
+    assert [sorted(batch) for batch in split(lengths, 404)] == [[8], [0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own():
