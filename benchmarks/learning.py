@@ -27,7 +27,7 @@ TASKS = {
         MODEL=f"{EXAMPLES}/smollm2/model", DATASET=f"{EXAMPLES}/smollm2/train.jsonl",
         EVAL_DATASET=f"{EXAMPLES}/smollm2/heldout.jsonl", STEPS=40, EVAL_EVERY=5, BETA=0.02, LR=1e-5, WARMUP_STEPS=3,
         REWARDS="examples.smollm2:reward_number,0.3*examples.smollm2:reward_form", PROMPTS_PER_STEP=8,
-        SYSTEM_PROMPT="Answer with one short calculation.", MAX_COMPLETION_TOKENS=32),
+        SYSTEM_PROMPT="Answer with one short calculation.", MAX_COMPLETION_TOKENS=32, MICRO_BATCH_TOKENS=2048),
 }
 
 
