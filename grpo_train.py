@@ -7,7 +7,8 @@
 
 One step samples a group of completions for each prompt, rewards them, turns each group's rewards into advantages, and
 takes an AdamW step on the clipped objective with a KL penalty towards the reference model. There is no value model and
-no replay. Read `main()` first; `GRPO_step` is the loss, with its variants.
+no replay. Read `main()` first; `GRPO_step` is the loss, with its variants. The shapes behind tensors: B samples of a
+micro-batch, C completion tokens of all of them one after the other (`grpo/types.py`).
 
 Where the defaults deviate from the paper:
 - A group whose rewards are all equal is left out, and its KL term with it (DROP_EQUAL_GROUPS=False keeps both).
@@ -44,7 +45,7 @@ DATASET = "examples/arithmetic/train.jsonl"  # .jsonl, .parquet, or hub name[:co
 EVAL_DATASET = "examples/arithmetic/heldout.jsonl"  # never trained on
 QUESTION_COLUMN = "question"  # holds the problem, in both data sets; MATH has it in "problem"
 SYSTEM_PROMPT = "First reason between <think> and </think>, then give the answer between <answer> and </answer>."
-REWARDS = [reward_correct, reward_format]  # or (function, weight); added up; the first, above 0, counts as accuracy
+REWARDS = [reward_correct, reward_format]  # or (function, weight); added up. Accuracy: how often the first is above 0
 REF_SERVER = "http://127.0.0.1:59875"  # several, separated by commas, share the work
 OUTPUT_DIR = "runs/arithmetic"
 SEED: Over(-1, 2**31 - 1) = 0
@@ -57,9 +58,9 @@ MAX_PROMPT_TOKENS = 128  # longer prompts are left out
 MAX_COMPLETION_TOKENS: Over(0) = 64  # 512 for GSM8K, thousands for competition mathematics
 MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
 TEMPERATURE: Over(1e-6) = 1.0  # of sampling and of every log-prob; below 1 explores less
-SAMPLER: Literal["auto", "transformers", "graph", "vllm"] = "auto"  # on a GPU "graph", if the model allows
+SAMPLER: Literal["auto", "transformers", "graph", "vllm"] = "auto"  # "graph" on a GPU, if it can; else "transformers"
 VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
-IS_CAP: Over(0) = 2.0  # upper limit of the importance factor policy / sampler: the two round differently, vLLM most
+IS_CAP: Over(0) = 2.0  # upper limit of the weight policy / sampler: the two round differently, vLLM most
 
 # Loss
 LOSS_TYPE: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = "grpo"  # token weights; cispo: the surrogate too
@@ -84,7 +85,7 @@ MICRO_BATCH_TOKENS = 8192  # rows x longest row of a forward and backward pass; 
 # longest rows fit. It changes memory, not the update: without checkpointing 1.5B parameters keep 2 MB a token
 GRADIENT_CHECKPOINTING = False  # less memory for activations, a third more time
 ZERO_STAGE: Literal[0, 1, 2, 3] = 1  # DeepSpeed splits over the GPUs 1 optimizer states, 2 gradients too, 3 weights too
-LORA_RANK = 0  # of the adapters that are trained instead of the weights; 0 trains these; LoRA wants 10 times the LR
+LORA_RANK = 0  # of adapters that are trained instead of the weights; 0: no adapters. LoRA wants 10 times the LR
 
 # Logging
 EVAL_EVERY = 10  # steps, and at the start and the end; 0 turns it off
@@ -97,8 +98,8 @@ if __name__ == "__main__":
     override_constants(__name__, sys.argv[1:])
 
 DS_CONFIG = {
-    "train_micro_batch_size_per_gpu": 1,
-    "managed_gradient_accumulation": False,  # the number of micro-batches differs from step to step
+    "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; micro-batches differ in size
+    "managed_gradient_accumulation": False,  # backward() adds gradients up until step(), however many micro-batches
     "gradient_clipping": MAX_GRAD_NORM,
     "zero_optimization": {"stage": ZERO_STAGE, "overlap_comm": False, "reduce_bucket_size": 50_000_000},
     "bf16": {"enabled": dtype_called(DTYPE) == torch.bfloat16},
@@ -128,9 +129,10 @@ def group_advantages(rewards: list[float], batch_std: float | None = None) -> to
 def set_advantages(groups: list[Group], rewards: list[Reward]) -> None:
     """Sets the advantage of each token (T,) of the groups' samples.
 
-    It is that of the completion's `outcome`, normalised in the group. A function that rewards steps adds to it, for
-    process supervision (DeepSeekMath, section 4.1.3): its rewards are normalised over all steps of the group, and each
-    token gets the sum of those whose steps end at or after it, times the function's weight. "batch" is for outcomes.
+    All tokens of a completion get that of its `outcome`, normalised in the group. A function that rewards steps adds to
+    it, for process supervision (DeepSeekMath, section 4.1.3): its rewards are normalised over all steps of the group,
+    and each token gets the sum of those whose steps end at or after it, times the function's weight. ADVANTAGE_SCALE
+    "batch" changes outcomes only.
     """
     outcomes = [one.outcome for one in samples_of(groups)]
     batch_std = distributed.std(outcomes) if ADVANTAGE_SCALE == "batch" else None
@@ -138,7 +140,7 @@ def set_advantages(groups: list[Group], rewards: list[Reward]) -> None:
         advantages = group_advantages([one.outcome for one in group.samples], batch_std)
         for one, advantage in zip(group.samples, advantages.tolist()):
             one.advantages = torch.full((len(one.tokens),), advantage)  # section 4.1.2: A, the same for all tokens
-        for place, reward in enumerate(rewards):
+        for place, reward in enumerate(rewards):  # those that reward steps, if any
             steps = [(one, *step) for one in group.samples for step in one.steps[place]]  # section 4.1.3: R
             advantages = group_advantages([value for _, _, value in steps])
             for (one, end, _), advantage in zip(steps, advantages.tolist()):
@@ -154,15 +156,17 @@ def set_token_weights(groups: list[Group]) -> None:
     dapo, bnpo, cispo: 1 / (tokens of the step), the mean over all of them (DAPO, arXiv 2503.14476, eq. 12).
     """
     counted = [one for one in samples_of(groups) if one.ended or not MASK_TRUNCATED]
-    completions = PROMPTS_PER_STEP * GROUP_SIZE
+    completion_count = PROMPTS_PER_STEP * GROUP_SIZE
     tokens_in_step = distributed.reduce([sum(len(one.tokens) for one in counted)])[0]
     for one in counted:
-        divisors = {"grpo": len(one.tokens) * completions, "dr_grpo": MAX_COMPLETION_TOKENS * completions}
-        one.weight = 1 / divisors.get(LOSS_TYPE, tokens_in_step)  # eq. 3: 1/G, 1/length
+        divisors = {"grpo": len(one.tokens) * completion_count,
+                    "dr_grpo": MAX_COMPLETION_TOKENS * completion_count}
+        one.weight = 1 / divisors.get(LOSS_TYPE, tokens_in_step)  # eq. 3: 1/G, 1/length; the others: 1 / all tokens
 
 
 def GRPO_step(logps: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a micro-batch from the policy's log-probs (C,) of its completion tokens, and statistics (C,) to log.
+    """The loss of a micro-batch, without the update, from the policy's log-probs (C,) of its completion tokens; and
+    statistics (C,) to log. The first time the batch keeps these log-probs as `old_logps`.
 
     loss = sum of weight * (BETA * (exp(d) - d - 1) - surrogate), d = ref_logps - logps; DeepSeekMath, eq. 3 and 4.
     surrogate = min(ratio * A, clip(ratio) * A); ratio = exp(logps - old_logps), or its geometric mean over the
@@ -210,7 +214,8 @@ def main():
     require(PROMPTS_PER_STEP % world == 0, f"{PROMPTS_PER_STEP=}: cannot be shared equally by {world} processes")
     require(BETA or not REF_SYNC_EVERY, f"{REF_SYNC_EVERY=}: with BETA=0 there is no reference")
     require(MIN_COMPLETION_TOKENS <= MAX_COMPLETION_TOKENS, f"{MIN_COMPLETION_TOKENS=} is over the maximum")
-    last, run_id = checkpoint.begin(OUTPUT_DIR, constants_of(__name__) | {"PROCESSES": world}, RESUME)
+    last, start_id = checkpoint.begin(OUTPUT_DIR, constants_of(__name__) | {"PROCESSES": world}, RESUME)
+    # policy.module is trained, policy.model samples: two sets of modules with the same parameters
     policy = Policy(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE, TEMPERATURE, LORA_RANK, SEED,
                     GRADIENT_CHECKPOINTING, TRUST_REMOTE_CODE)
     tokenizer, rewards = policy.tokenizer, load_rewards(REWARDS)
@@ -219,8 +224,9 @@ def main():
     heldout = load_prompts(EVAL_DATASET, *settings) if EVAL_EVERY and EVAL_DATASET else []
     check_rewards(rewards, tokenizer, train, heldout)
     checkpoint.rehearse(policy, OUTPUT_DIR)
-    longest, samples = max(len(prompt.ids) for prompt in train), PROMPTS_PER_STEP * GROUP_SIZE // world
-    budget = fitting_tokens(policy, MICRO_BATCH_TOKENS, longest, MAX_COMPLETION_TOKENS, samples, ZERO_STAGE)
+    longest, rows = max(len(prompt.ids) for prompt in train), PROMPTS_PER_STEP * GROUP_SIZE // world
+    # MICRO_BATCH_TOKENS itself on a CPU
+    budget = fitting_tokens(policy, MICRO_BATCH_TOKENS, longest, MAX_COMPLETION_TOKENS, rows, ZERO_STAGE)
     reference = Reference(REF_SERVER, TEMPERATURE, budget) if BETA else None
     if reference and not REF_SYNC_EVERY:
         check_servers(REF_SERVER, policy.module.model, MODEL, train[0].ids)
@@ -232,7 +238,7 @@ def main():
     else:
         log.write({"step": 0} | evaluate(sampler, heldout, rewards, tokenizer))
     if REF_SYNC_EVERY:
-        reference.renew(policy, OUTPUT_DIR, f"{run_id}-{last}", alpha=0 if last else 1, patience=25)
+        reference.renew(policy, OUTPUT_DIR, f"{start_id}-{last}", alpha=0 if last else 1, patience=25)
     distributed.stop_at_signals()
 
     for step in range(last + 1, STEPS + 1):  # algorithm 1: M
@@ -247,10 +253,10 @@ def main():
         groups = []
         # eq. 3: G outputs for each question
         for finished in sampler(prompts, GROUP_SIZE, TEMPERATURE, seeds, MIN_COMPLETION_TOKENS):
-            metrics.lap("sample")
-            score(finished, rewards, tokenizer, metrics)
+            metrics.lap("sample")  # the time up to here
+            score(finished, rewards, tokenizer, metrics)  # sets text, rewards, reward and outcome of the samples
             if reference:
-                reference.request(groups_to_train_on(finished))
+                reference.request(groups_to_train_on(finished))  # in other threads; `ref_logps` are Futures
             groups += finished
             metrics.lap("reward")
         groups.sort(key=lambda group: prompts.index(group.prompt))  # they finish in any order
@@ -267,7 +273,7 @@ def main():
         set_lr(engine, lr := LR * min(1, step / max(1, WARMUP_STEPS)))
         for _ in range(UPDATES_PER_BATCH):  # algorithm 1: mu
             for batch in batches:
-                logps = engine(batch.tokens, batch.prompt_lens, batch.completion_lens)  # (C,)
+                logps = engine(batch.tokens, batch.prompt_lens, batch.completion_lens)  # (C,), TokenLogps.forward
                 if reference:
                     reference.collect(batch, metrics)  # the server has been at work meanwhile
                 loss, statistics = GRPO_step(logps, batch)
@@ -285,7 +291,7 @@ def main():
             row |= evaluate(sampler, heldout, rewards, tokenizer)
         log.write(row, groups[0], rewards)
         if REF_SYNC_EVERY and step % REF_SYNC_EVERY == 0:  # algorithm 1: I
-            reference.renew(policy, OUTPUT_DIR, f"{run_id}-{step}", REF_MIXUP_ALPHA)
+            reference.renew(policy, OUTPUT_DIR, f"{start_id}-{step}", REF_MIXUP_ALPHA)
         stop = any(distributed.of_all(distributed.stopping.is_set()))
         if stop or SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
             checkpoint.save(engine, policy, OUTPUT_DIR, step, KEEP_CHECKPOINTS)

@@ -24,9 +24,9 @@ UNADAPTED = {  # linear layers that peft refuses, or whose output is not a tenso
 
 
 class Policy:
-    """The model twice, with the same parameters: `module` is trained, `model` samples and is saved.
+    """Two sets of modules with the same parameters: `module` is trained, `model` samples and is saved.
 
-    `module` is a function from packed rows to log-probs, so that DeepSpeed sees the whole forward pass. `model` has no
+    `module` is a function from ragged rows to log-probs, so that DeepSpeed sees the whole forward pass. `model` has no
     hooks of DeepSpeed: with hooks and ZeRO 3 all processes would have to make as many forward passes, but the longest
     completion is not the same everywhere.
     """
@@ -142,7 +142,11 @@ def body_of(model):
 def add_adapters(model, rank: int, seed: int):
     """LoRA (arXiv 2106.09685) at the linear layers that peft can adapt, not at the LM head: `model` itself changes, and
     from now on only the adapters are trained. What is returned is the same model for saving, as `checkpoint.save` needs
-    it. Prints which layers they are, because experts may not be among them."""
+    it. Prints which layers they are, because experts may not be among them.
+
+    LoRA shows elsewhere in `checkpoint.merged`, which the reference and vLLM take their weights from, in
+    `checkpoint.write`, and in `open_sampler`.
+    """
     from peft import LoraConfig, get_peft_model  # here, because it takes half a second and 13 MB
 
     config = model.config.get_text_config()
@@ -170,7 +174,7 @@ def stop_ids(model, tokenizer) -> list[int]:
 # ------------------------------------------------------------------------------------------------- log-probs
 
 def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
-    """Log-probs of the completion tokens under `model` at a temperature; packed rows in, packed log-probs out.
+    """Log-probs of the completion tokens under `model` at a temperature; ragged rows in, ragged log-probs out.
 
     tokens (N,) every row's prompt then its completion; prompt_lens, completion_lens (B,), all at least 1.
     Returns (sum(completion_lens),) float32, natural log, differentiable. No mask by token value anywhere, so EOS
@@ -190,6 +194,7 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
                   "attention_mask": tokens.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
     hidden = body_of(model)(**inputs, use_cache=False).last_hidden_state
     hidden = hidden[0] if packed else hidden[where.computed]  # (N, H)
+    # `number` finds the computed token before each completion token
     hidden = hidden[where.number[:, :-1][is_completion[:, 1:]]]  # shift by one: position t predicts t + 1; (C, H)
     return head_logps(model, hidden, rows[is_completion], temperature)
 

@@ -134,7 +134,7 @@ def said(answer: requests.Response) -> str:
 
 def request_logps(servers: str, tokens, prompt_lens, completion_lens, temperature,
                   weights: Weights | None = None, patience=300.0) -> tuple[torch.Tensor, ...]:
-    """The reference log-probs of packed rows (see `token_logps`), one float32 tensor a row, from the next of the
+    """The reference log-probs of ragged rows (see `token_logps`), one float32 tensor a row, from the next of the
     servers (addresses with commas between)."""
     rows = {"tokens": tokens, "prompt_lens": prompt_lens, "completion_lens": completion_lens}
     body = save({name: tensor.to("cpu", torch.int32) for name, tensor in rows.items()})

@@ -12,7 +12,7 @@ class Prompt:
     """A row of a data set."""
     ids: list[int]  # its tokens
     text: str = ""  # what they say, in the chat template
-    messages: list | None = None  # the row's chat messages, if it has them
+    messages: list | None = None  # the row's `prompt`, if that is chat messages
     columns: dict = field(default_factory=dict)  # the row's other columns, for the reward functions
     number: int = 0  # the row's, from 1
 
@@ -80,7 +80,7 @@ def split(lengths: list[int], budget: int) -> list[list[int]]:
     group share their prompt. A row over the budget is a batch by itself.
     """
     batches, longest = [], 0
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index].bit_length()):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index].bit_length()):  # neighbours stay
         longest = max(longest, lengths[index])
         if not batches or longest * (len(batches[-1]) + 1) > budget:
             batches.append([])

@@ -20,7 +20,7 @@ from grpo.constants import constants_of, override_constants
 from grpo.attention import pack_attention
 from grpo.data import load_prompts
 from grpo.policy import load_model, stop_ids
-from grpo.sampling.step import recorded
+from grpo.sampling.step import traced
 from grpo.sampling import rollouts, sample
 from grpo.sampling.transformers import draw
 from grpo.types import Prompt
@@ -62,7 +62,7 @@ def largest_difference(model, completions, group_size):
     return (torch.cat([completion.sampler_logps for completion in completions]) - expected).abs().max()
 
 
-def test_a_recorded_step_serves_other_numbers_of_rows_and_tokens_and_new_weights():
+def test_a_traced_step_serves_other_numbers_of_rows_and_tokens_and_new_weights():
     model = make_model("Qwen2")
     pack_attention(model)
     for group_size, max_tokens in (2, 5), (16, 90), (1, 70):
@@ -72,21 +72,21 @@ def test_a_recorded_step_serves_other_numbers_of_rows_and_tokens_and_new_weights
             for parameter in model.parameters():
                 parameter.mul_(0.8)
     with_it = sample(model, PROMPTS, 4, max_tokens=40, stop=[0], seeds=[1, 2, 3])
-    assert recorded[model] is not None
-    recorded[model] = None
+    assert traced[model] is not None
+    traced[model] = None
     without = sample(model, PROMPTS, 4, max_tokens=40, stop=[0], seeds=[1, 2, 3])
     assert all(torch.equal(one.sampler_logps, other.sampler_logps) for one, other in zip(with_it, without))
 
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
-def test_a_step_whose_operations_depend_on_values_is_not_recorded(experts):
+def test_a_step_whose_operations_depend_on_values_is_not_traced(experts):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2)
     model = transformers.MixtralForCausalLM(config).eval()
     model.set_experts_implementation(experts)
     pack_attention(model)
     completions = sample(model, PROMPTS, 4, max_tokens=20, stop=[0], seeds=[1, 2, 3])
-    assert (recorded[model] is None) == (experts == "eager")
+    assert (traced[model] is None) == (experts == "eager")
     model.set_experts_implementation("eager")  # the other one is not for float64
     assert largest_difference(model, completions, 4) < 2e-5
 

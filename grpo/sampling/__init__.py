@@ -1,4 +1,4 @@
-"""Samplers: generators of finished groups. `transformers.decode` is the plainest one."""
+"""Samplers: generators of finished groups. The default on a CPU is `rollouts` with `transformers.decode`."""
 from contextlib import nullcontext
 from functools import partial
 
@@ -48,9 +48,9 @@ def rollouts(model, prompts: list[Prompt], group_size: int, *, max_tokens: int, 
     """
     was_training = model.training
     model.eval()
-    step, decode = max(1, MAX_SEQUENCES // group_size), decode or decoder("transformers", model)
-    for start in range(0, len(prompts), step):
-        some = slice(start, start + step)
+    chunk, decode = max(1, MAX_SEQUENCES // group_size), decode or decoder("transformers", model)
+    for start in range(0, len(prompts), chunk):
+        some = slice(start, start + chunk)
         uniforms = torch.cat([
             torch.rand(group_size, max_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             for seed in seeds[some]]) if temperature else None

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from grpo import attention
 
-recorded = WeakKeyDictionary()  # each model's step on a CPU, see `next_logits`
+traced = WeakKeyDictionary()  # each model's step on a CPU, see `next_logits`
 
 
 class FixedLayer(DynamicLayer):
@@ -60,13 +60,13 @@ def next_logits(model, *inputs) -> torch.Tensor:
     cache's own tensors and read the parameters as they are now."""
     if inputs[0].device.type != "cpu":
         return Step(model)(*inputs)
-    if model not in recorded:
-        recorded[model] = record(Step(model), inputs)
+    if model not in traced:
+        traced[model] = trace(Step(model), inputs)
     with torch.jit.optimized_execution(False):  # it would look for the best way for each T anew
-        return (recorded[model] or Step(model))(*inputs)
+        return (traced[model] or Step(model))(*inputs)
 
 
-def record(step: Step, inputs):
+def trace(step: Step, inputs):
     """The step as TorchScript; None if what it does depends on values, as the choice of an expert may."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""Samples of prompts, by the policy's own modules in transformers: the default.
+"""Samples of prompts, by the policy's own modules in transformers and a decoding loop of our own: the default.
 
 A prompt is prefilled once for its whole group, finished sequences leave the batch, and each token's log-prob comes
 along at no extra forward pass. The random numbers belong to the prompt's seed, not to the batch: a prompt gets the same
@@ -67,7 +67,7 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
     rows = torch.arange(len(prompts) * group_size, device=device)  # the sequences that are in the batch
     uniforms = uniforms.to(device) if temperature else None
 
-    def step():
+    def next_token():  # of the rows; place, room, uniform, tokens, ... are those of the loop below
         scores = logits.float() / (temperature or 1)
         scores[:, written.stop] -= 1e30 * (start + place < min_tokens - 1)
         token, logp = draw(scores, uniform.index_select(1, place)[:, 0] if temperature else None)  # eq. 3: o ~ pi_old
@@ -89,14 +89,14 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
         tokens = torch.zeros(len(rows), room, dtype=torch.long, device=device)
         logps, place = torch.zeros(len(rows), room, device=device), torch.zeros(1, dtype=torch.long, device=device)
         uniform = uniforms[rows, start : start + room] if temperature else None
-        again, look, enough = step, LOOK_EVERY if waits else 1, 1 / 2 if waits else 7 / 8
+        again, look, enough = next_token, LOOK_EVERY if waits else 1, 1 / 2 if waits else 7 / 8
         while count < start + room and len(live) > enough * len(rows):
             new = slice(count - start, min(count - start + look, room))
             for _ in range(new.start, new.stop):
                 again()
                 count += 1
-                if record and again is step and room > 1:
-                    again = record(step)  # after a first step, which compiles and allocates what a recording cannot
+                if record and again is next_token and room > 1:
+                    again = record(next_token)  # after one that compiles and allocates what a recording cannot
             written.add(rows, start + new.start, tokens[:, new], logps[:, new])
             live = rows[~written.ended[rows]] if count < max_tokens else rows[:0]
             if count % BLOCK == 0 or not len(live):

@@ -56,7 +56,7 @@ class Engine:
 
     def rollouts(self, prompts: list[Prompt], group_size: int, *, max_tokens: int, stop: list[int], temperature=1.0,
                  min_tokens=0, seeds: list[int] | None = None):
-        """As `transformers.rollouts`; the log-probs are those that vLLM sampled from."""
+        """As `rollouts` of `grpo.sampling`; the log-probs are those that vLLM sampled from."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
