@@ -256,7 +256,7 @@ def main():
             metrics.lap("sample")  # the time up to here
             score(finished, rewards, tokenizer, metrics)  # sets text, rewards, reward and outcome of the samples
             if reference:
-                reference.request(groups_to_train_on(finished))  # in other threads; `ref_logps` are Futures
+                reference.request(groups_to_train_on(finished))  # by other threads; awaited in 5
             groups += finished
             metrics.lap("reward")
         groups.sort(key=lambda group: prompts.index(group.prompt))  # they finish in any order

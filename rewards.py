@@ -50,11 +50,9 @@ def begun_thinking(prompt: str | list, prompt_text: str) -> str:
     A template may end in `<think>` (DeepSeek-R1, QwQ), or in an empty block, perhaps just `</think>`, that stands for
     no thinking at all (Qwen3, DeepSeek-V3.1).
     """
-    if isinstance(prompt, list):
-        last = prompt[-1]
-        if last["role"] == "assistant":
-            _, tag, rest = last["content"].rpartition("<think>")
-            return tag + rest if tag else ""
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        _, tag, rest = prompt[-1]["content"].rpartition("<think>")
+        return tag + rest if tag else ""
     if not isinstance(prompt_text, str):
         return ""
     end = re.search(r"(<think>)?\s*(</think>)?\s*$", prompt_text)
@@ -123,8 +121,8 @@ def accuracy_reward(completions, solution, **columns) -> list[float | None]:
     values = []
     for text, gold in zip(texts(completions), golds, strict=True):
         found = last_latex(text.rpartition("</think>")[2])
-        right = is_mathematics(gold) and is_equal(gold, found)
-        values.append(float(right) if is_mathematics(gold) else None)
+        values.append(float(is_equal(gold, found))
+                      if is_mathematics(gold) else None)
     return values
 
 

@@ -12,6 +12,7 @@ Everything random in a step follows from SEED and the step's number: there is no
 """
 import copy
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -23,7 +24,6 @@ from transformers.utils import cached_file
 
 from grpo import report
 from grpo.constants import explained, require
-from grpo.data import digests
 from grpo.distributed import of_all
 from grpo.scoring import name_of
 
@@ -46,7 +46,7 @@ def begin(folder: str, constants: dict, resume: bool) -> tuple[int, str]:
     """
     require(folder, "OUTPUT_DIR is empty: name a folder")
     if dist.get_rank() == 0:
-        constants |= digests({name: constants.get(name, "") for name in ("DATASET", "EVAL_DATASET")})
+        constants |= digests(constants)
     with writing_to(folder):
         last = prepare(Path(folder), constants, resume) if dist.get_rank() == 0 else 0
     last, start = of_all((last, os.urandom(6).hex()))[0]
@@ -81,6 +81,13 @@ def prepare(path: Path, constants: dict, resume: bool) -> int:
     for name in {"metrics.jsonl", "completions.jsonl"} & set(os.listdir(path)):
         cut(path / name, last)
     return last
+
+
+def digests(constants: dict) -> dict[str, str]:
+    """SHA-256 of data sets that are files, so that a run is not continued on other data."""
+    paths = {name: constants.get(name, "").split(":")[0] for name in ("DATASET", "EVAL_DATASET")}
+    return {f"SHA-256 of {name}": hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            for name, path in paths.items() if os.path.isfile(path)}
 
 
 def writing_to(folder):
@@ -173,9 +180,8 @@ def save_tokenizer(policy, folder: Path) -> None:
     """The tokenizer, and of a vision-language checkpoint the files of its processor."""
     policy.tokenizer.save_pretrained(folder)
     for name in PROCESSOR_FILES if hasattr(policy.model.config, "vision_config") else ():
-        found = cached_file(policy.path, name, _raise_exceptions_for_missing_entries=False,
-                            _raise_exceptions_for_connection_errors=False)  # a save needs no network
-        if found:
+        if found := cached_file(policy.path, name, _raise_exceptions_for_missing_entries=False,
+                                _raise_exceptions_for_connection_errors=False):  # a save needs no network
             shutil.copy(found, folder)
 
 

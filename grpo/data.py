@@ -1,5 +1,4 @@
 """Data sets: from rows of a file or of the hub to prompts."""
-import hashlib
 import json
 import os
 import random
@@ -22,10 +21,9 @@ def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, ques
     with explained(f"cannot read the data set {name}"):
         rows = read(name)
     prompts, names = [], list(rows[0]) if rows else []
-    if question not in names and "prompt" not in names:
-        hint = "; conversations are ShareGPT's: make them prompt, with role and content" * ("conversations" in names)
-        raise SystemExit(f"{name} needs a column {question} (QUESTION_COLUMN) or prompt: {len(rows)} rows with {names}"
-                         + hint)
+    hint = "; conversations are ShareGPT's: make them prompt, with role and content" * ("conversations" in names)
+    require({question, "prompt"} & set(names), f"{name} needs a column {question} (QUESTION_COLUMN) or prompt: "
+                                               f"{len(rows)} rows with {names}{hint}")
     for number, row in enumerate(rows, start=1):
         try:
             if row.keys() != set(names):
@@ -34,8 +32,7 @@ def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, ques
         except (ValueError, TypeError) as error:
             raise SystemExit(f"row {number} of the data set {name}: {error}") from error
     short = [prompt for prompt in prompts if len(prompt.ids) <= max_tokens]
-    if not short:
-        raise SystemExit(f"every prompt of {name} has more than MAX_PROMPT_TOKENS={max_tokens} tokens")
+    require(short, f"every prompt of {name} has more than MAX_PROMPT_TOKENS={max_tokens} tokens")
     if left_out := len(prompts) - len(short):
         print(f"{name}: left out {left_out} of {len(prompts)} prompts, over MAX_PROMPT_TOKENS={max_tokens}", flush=True)
     return short
@@ -49,13 +46,11 @@ def to_prompt(row: dict, number: int, tokenizer, system_prompt: str, question: s
         return Prompt(tokens_of(given, tokenizer), given, None, columns, number)
     if given:
         check_messages(given)
-        messages = given
-    else:
-        if not isinstance(asked, str) or not asked.strip():
-            wrong = {question: asked} if question in row else {"prompt": given}
-            raise ValueError(f"expected a text, or chat messages as prompt, but found {wrong}")
-        messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        messages += [{"role": "user", "content": asked}]
+    elif not isinstance(asked, str) or not asked.strip():
+        wrong = {question: asked} if question in row else {"prompt": given}
+        raise ValueError(f"expected a text, or chat messages as prompt, but found {wrong}")
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages = given or [*system, {"role": "user", "content": asked}]
     continued = messages[-1]["role"] == "assistant"
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not continued,
@@ -116,20 +111,8 @@ def read_jsonl(path: str) -> list[dict]:
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             try:
-                if not line.strip():
-                    continue
-                rows.append(dict(json.loads(line)))
+                if line.strip():
+                    rows.append(dict(json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"line {number} is not a JSON object: {error}") from None
     return rows
-
-
-def digests(names: dict[str, str]) -> dict[str, str]:
-    """SHA-256 of data sets that are files, so that a run is not continued on other data."""
-    found = {}
-    for key, name in names.items():
-        path = name.split(":")[0]
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                found[f"SHA-256 of {key}"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found

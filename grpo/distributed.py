@@ -73,11 +73,8 @@ def run(main) -> None:
         cause = error.__cause__ or error
         hint = f" (pip install {cause.name})" if isinstance(cause, ModuleNotFoundError) else ""
         of_another = isinstance(cause, dist.DistError) or "gloo" in str(cause)
-        if of_another and stopping.wait(10):  # the launcher ends this process meanwhile, if it saw the other fail
-            pass
-        elif isinstance(error, SystemExit) or hint:
-            print(f"{error}{hint}", file=sys.stderr)
-        else:
-            traceback.print_exc()
+        said = f"{error}{hint}" if isinstance(error, SystemExit) or hint else traceback.format_exc()
+        if not (of_another and stopping.wait(10)):  # the launcher ends this process meanwhile, if it saw the other fail
+            print(said, file=sys.stderr)
     sys.stdout.flush()
     os._exit(1)

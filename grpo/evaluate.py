@@ -167,7 +167,6 @@ def worth(answers: list[dict]) -> dict[str, float]:
     count, powers = len(sampled), {2**i for i in range(len(sampled).bit_length())}
     return {
         **{f"greedy/{name}": mean([greedy[name]]) for name in names},
-        "sampled/accuracy": mean(judged),
         **{f"sampled/pass@{k}": pass_at(k, len(judged), sum(judged)) for k in sorted(powers | {count})},
         **{f"sampled/{name}": mean(answer[name] for answer in sampled) for name in names},
     }

@@ -66,8 +66,7 @@ def dtype_called(name: str) -> torch.dtype:
     """float32 or bfloat16; "auto" is bfloat16 on an accelerator, float32 on a CPU. SystemExit at another name."""
     auto = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
     known = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in known:
-        raise SystemExit(f"DTYPE={name}: expected one of {', '.join(known)}")
+    require(name in known, f"DTYPE={name}: expected one of {', '.join(known)}")
     return known[name]
 
 
@@ -83,8 +82,7 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
     trust = {"trust_remote_code": trust_remote_code}
     hint = " (TRUST_REMOTE_CODE=True runs a model's own code; the embedded model: python examples/arithmetic.py)"
     with explained(f"cannot load MODEL={path}", hint=hint):  # broken files may raise anything
-        names = AutoConfig.from_pretrained(path, **trust).architectures or []
-        has_vision = any("ConditionalGeneration" in name for name in names)
+        has_vision = "ConditionalGeneration" in str(AutoConfig.from_pretrained(path, **trust).architectures)
         kind = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
         model = from_pretrained(kind, path, dtype=dtype_called(dtype), **trust).to(device).eval()
         if os.path.exists(f"{path}/generation_config.json"):

@@ -11,7 +11,7 @@ import itertools
 import os
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlencode
@@ -23,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
 from grpo.checkpoint import merged
-from grpo.constants import explained
+from grpo.constants import explained, require
 from grpo.metrics import Metrics
 from grpo.policy import token_logps
-from grpo.types import Group, MicroBatch, Sample, in_batches, pack, samples_of
+from grpo.types import Answer, Group, MicroBatch, in_batches, pack, samples_of
 
 turn = itertools.count(int(os.environ.get("RANK", 0)))  # which server is next
 silent_until = {}  # servers that did not answer are left out for a while
@@ -49,18 +49,9 @@ class Reference:
     def request(self, groups: list[Group]) -> None:
         """From now on the servers work on the `ref_logps` of the groups' samples."""
         for samples in in_batches(samples_of(groups), self.tokens):
-            for sample in samples:
-                sample.ref_logps = Future()
-            self.threads.submit(self.fill, samples)
-
-    def fill(self, samples: list[Sample]) -> None:
-        try:
-            answer = request_logps(self.servers, *pack(samples), self.temperature, self.weights)
-            for sample, logps in zip(samples, answer):
-                sample.ref_logps.set_result(logps)
-        except BaseException as error:  # for the main thread, SystemExit too
-            for sample in samples:
-                sample.ref_logps.set_exception(error)
+            answer = self.threads.submit(request_logps, self.servers, *pack(samples), self.temperature, self.weights)
+            for row, sample in enumerate(samples):
+                sample.ref_logps = Answer(answer, row)
 
     def collect(self, batch: MicroBatch, metrics: Metrics) -> None:
         """Waits for the batch's `ref_logps` (C,). Those of samples that were never asked for do not matter."""
@@ -99,11 +90,11 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, body=
     is wrong.
     """
     headers = {"Authorization": f"Bearer {os.environ.get('REF_TOKEN', '')}"}
-    start = now = time.monotonic()
-    while now < start + patience:
+    deadline = time.monotonic() + patience
+    while (now := time.monotonic()) < deadline:
         urls = [url for url in servers.split(",") if silent_until.get(url, 0) < now] or servers.split(",")
         url, pause = urls[next(turn) % len(urls)], 0.5
-        limits = 5, max(1, (start + patience - now) / len(urls))  # seconds to connect, and between two bytes
+        limits = 5, max(1, (deadline - now) / len(urls))  # seconds to connect, and between two bytes
         try:
             with requests.Session() as session:
                 session.trust_env = False  # no proxy of the environment
@@ -123,7 +114,6 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, body=
                 raise SystemExit(reason + " (no reference server: choose another PORT and REF_SERVER)" * (not ours))
             pause = int(answer.headers.get("Retry-After", 1))
         time.sleep(pause)
-        now = time.monotonic()
     raise NoAnswer(f"no answer from a reference server at {url}{path} in {patience:.0f} s (start it: "
                    f"python ref_server.py MODEL=...): {reason}")
 
@@ -184,9 +174,9 @@ def check_server(url: str, model, name: str, ids: list[int]) -> None:
     if health["vocab_size"] == model.config.get_text_config().vocab_size:
         theirs = request_logps(url, *row, 1.0)[0]
         difference = (token_logps(model, *row).cpu() - theirs).abs().mean()
-    if not difference < 0.1:  # bfloat16 rounds by less, another model differs by more
-        raise SystemExit(f"the reference server at {url} holds {health['model']}, which is not the policy's model: "
-                         f"start it with python ref_server.py MODEL={name}")
+    # bfloat16 rounds by less, another model differs by more
+    require(difference < 0.1, f"the reference server at {url} holds {health['model']}, which is not the policy's "
+                              f"model: start it with python ref_server.py MODEL={name}")
 
 
 # ------------------------------------------------------------------------------------------------- other weights
@@ -221,5 +211,4 @@ def send(servers: str, weights: Weights, patience=300.0, bytes_at_once: int = 2*
                 start += len(piece)
                 if answer.status_code == 409:  # the server was killed meanwhile and does not have the beginning
                     start, restarts = 0, restarts + 1
-                if restarts > 10:
-                    raise SystemExit(f"{url} does not take the reference {weights.name}: {said(answer)}")
+                require(restarts <= 10, f"{url} does not take the reference {weights.name}: {said(answer)}")

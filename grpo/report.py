@@ -68,9 +68,8 @@ class Log:
 
 def trackers(names: list[str], folder: str) -> dict:
     """DeepSpeed's settings for TRACKERS. SystemExit at an unknown one."""
-    known = {"csv": {"output_path": folder, "job_name": "csv"},
-             "tensorboard": {"output_path": folder, "job_name": "tensorboard"},
-             "wandb": {"project": "grpo", "group": folder}}
+    known = {name: {"output_path": folder, "job_name": name} for name in ("csv", "tensorboard")}
+    known["wandb"] = {"project": "grpo", "group": folder}
     require(known.keys() >= set(names), f"TRACKERS={','.join(names)}: expected {', '.join(known)}")
     return {name.replace("csv", "csv_monitor"): {"enabled": True} | known[name] for name in names}
 

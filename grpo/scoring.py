@@ -169,8 +169,7 @@ def compute_rewards(rewards: list[Reward], given: dict) -> tuple[list, list]:
         steps.append([value if isinstance(value, list) else [] for value in result])
         for value, number, some, text in zip(result, values[-1], steps[-1], texts):
             inside = all(0 < end <= len(text) for end, _ in some)
-            if not inside or value is not None and not isfinite(number):
-                raise SystemExit(f"{said} {value} for {text!r}")
+            require(inside and (value is None or isfinite(number)), f"{said} {value} for {text!r}")
     return values, steps
 
 

@@ -3,6 +3,7 @@ from bisect import bisect_left
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from math import isnan
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,16 @@ class Prompt:
     messages: list | None = None  # the row's `prompt`, if that is chat messages
     columns: dict = field(default_factory=dict)  # the row's other columns, for the reward functions
     number: int = 0  # the row's, from 1
+
+
+class Answer(NamedTuple):
+    """A sample's log-probs: a row of what a server will answer to a request."""
+    rows: Future
+    row: int
+
+    def result(self) -> torch.Tensor:
+        """Waits for them. Raises what the request has raised."""
+        return self.rows.result()[self.row]
 
 
 @dataclass(eq=False)
@@ -32,7 +43,7 @@ class Sample:
     extra: dict = field(default_factory=dict)  # what reward functions want in completions.jsonl
     advantages: torch.Tensor | None = None  # (T,)
     weight: float = 0.0  # of each token in the loss
-    ref_logps: Future | None = None  # of (T,) float32, from the reference server
+    ref_logps: Answer | None = None  # whose `result` is (T,) float32, from the reference server
 
 
 @dataclass(eq=False)

@@ -9,8 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from grpo import attention
 
@@ -58,12 +57,10 @@ class Step(torch.nn.Module):
 def next_logits(model, *inputs) -> torch.Tensor:
     """What `Step` says. On a CPU its operations are recorded once and repeated, for any B and T. They write to the
     cache's own tensors and read the parameters as they are now."""
-    if inputs[0].device.type != "cpu":
-        return Step(model)(*inputs)
-    if model not in traced:
+    if inputs[0].device.type == "cpu" and model not in traced:
         traced[model] = trace(Step(model), inputs)
     with torch.jit.optimized_execution(False):  # it would look for the best way for each T anew
-        return (traced[model] or Step(model))(*inputs)
+        return (traced.get(model) or Step(model))(*inputs)
 
 
 def trace(step: Step, inputs):
