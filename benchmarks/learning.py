@@ -83,6 +83,7 @@ def trl(task: dict, until: float) -> dict:
             seconds, accuracy = time.perf_counter() - self.start, None
             if state.global_step % task["EVAL_EVERY"] == 0:
                 accuracy = judge(model)
+                print(f"step {state.global_step}: {accuracy:.1%}", file=sys.stderr, flush=True)
                 control.should_training_stop = accuracy >= until
             history.append((seconds, accuracy))
 
