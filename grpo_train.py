@@ -140,7 +140,7 @@ def set_advantages(groups: list[Group], rewards: list[Reward]) -> None:
         advantages = group_advantages([one.outcome for one in group.samples], batch_std)
         for one, advantage in zip(group.samples, advantages.tolist()):
             one.advantages = torch.full((len(one.tokens),), advantage)  # section 4.1.2: A, the same for all tokens
-        for place, reward in enumerate(rewards):  # those that reward steps, if any
+        for place, reward in enumerate(rewards):  # one that rewards no steps adds nothing
             steps = [(one, *step) for one in group.samples for step in one.steps[place]]  # section 4.1.3: R
             advantages = group_advantages([value for _, _, value in steps])
             for (one, end, _), advantage in zip(steps, advantages.tolist()):

@@ -91,7 +91,7 @@ def split(lengths: list[int], budget: int) -> list[list[int]]:
     group share their prompt. A row over the budget is a batch by itself.
     """
     batches, longest = [], 0
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index].bit_length()):  # neighbours stay
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index].bit_length()):
         longest = max(longest, lengths[index])
         if not batches or longest * (len(batches[-1]) + 1) > budget:
             batches.append([])
