@@ -5,13 +5,13 @@
     python benchmarks/compare.py lengths=natural                          # EOS allowed: most are short, some 256 tokens
     python benchmarks/compare.py programs=ours,trl threads=1,2            # which, and with which numbers of threads
     python benchmarks/compare.py model=examples/smollm2/model data=examples/smollm2/train.jsonl prompts=8 tokens=48 \
-        lengths=natural programs=ours,ours:2048,trl steps=3 rounds=1      # a model folder, and questions for it
+        lengths=natural programs=ours,ours:MICRO_BATCH_TOKENS=2048,trl steps=3 rounds=1  # a model, questions for it
     python benchmarks/compare.py shape=1.5b vocab=151936 prompts=8 tokens=512 programs=ours,trl steps=4
 
 The last one is for a GPU. Unless there is a `model`, its shape is Qwen2's (hidden 256, 4 layers). 4 prompts x 8
 completions a step, AdamW in float32, a reference model, one update a step; needs tests/requirements.txt. Every program
 runs alone and may use both cores; this project's reference server is a process beside the trainer, and counted. Of
-several numbers of threads the best one is quoted. `ours:2048` is this project with MICRO_BATCH_TOKENS=2048.
+several numbers of threads the best one is quoted. Behind `ours:` is a constant of it, as in ours:SAMPLER=transformers.
 """
 import json
 import os
@@ -153,10 +153,6 @@ def ours(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threa
             "tokens": statistics.mean(row["completion_tokens_total"] for row in rows[1:])}
 
 
-def eager(*work) -> dict:
-    return ours(*work, SAMPLER="transformers")
-
-
 def trl_config(**options):
     """What TRL needs for the loss and the optimizer of this project, and to be quiet."""
     import torch
@@ -294,9 +290,9 @@ def main(vocab="512", lengths="exact", steps="6", rounds="3", programs="ours,trl
                     said = subprocess.run([sys.executable, __file__, "run", *work], stdout=subprocess.PIPE, check=True,
                                           text=True, timeout=3600).stdout
                     results.setdefault((program, count), []).append(json.loads(said.splitlines()[-1]))
-    print(f"\n{model or f'{vocab} entries'}, {lengths} lengths, medians of {rounds} runs of {steps} steps, the first left "
-          "out\n")
-    print(f"{'':18}{'s a step':>9}{'ratio':>7}" + "".join(f"{name:>10}" for name in (*PHASES, "tokens"))
+    print(f"\n{model or f'{vocab} entries'}, {lengths} lengths, medians of {rounds} runs of {steps} steps, "
+          "the first left out\n")
+    print(f"{'':40}{'s a step':>9}{'ratio':>7}" + "".join(f"{name:>10}" for name in (*PHASES, "tokens"))
           + f"{'trainer MB':>12}{'server MB':>11}")
     best = min((key for key in results if key[0] == "ours"), default=next(iter(results)),
                key=lambda key: statistics.median(run["seconds"] for run in results[key]))
@@ -304,7 +300,7 @@ def main(vocab="512", lengths="exact", steps="6", rounds="3", programs="ours,trl
         ratio = statistics.median(run["seconds"] / base["seconds"] for run, base in zip(runs, results[best]))
         median = {name: statistics.median(run.get(name, float("nan")) for run in runs)
                   for name in ("seconds", *PHASES, "tokens", "trainer_mb", "server_mb")}
-        print(f"{program + ', ' + count + ' threads':18}{median['seconds']:9.2f}{ratio:7.2f}"
+        print(f"{program + ', ' + count + ' threads':40}{median['seconds']:9.2f}{ratio:7.2f}"
               + "".join(f"{median[name]:10.2f}" for name in PHASES) + f"{median['tokens']:10.0f}"
               + f"{median['trainer_mb']:12.0f}{median['server_mb']:11.0f}")
 
@@ -312,8 +308,8 @@ def main(vocab="512", lengths="exact", steps="6", rounds="3", programs="ours,trl
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:
         _, _, program, where, *numbers, kind, cores = sys.argv
-        name, _, budget = program.partition(":")
-        constants = {"MICRO_BATCH_TOKENS": budget} if budget else {}
+        name, *words = program.split(":")
+        constants = dict(word.split("=") for word in words)
         print(json.dumps(globals()[name](Path(where), *map(int, numbers), kind == "exact", int(cores), **constants)))
     else:
-        main(**dict(argument.split("=") for argument in sys.argv[1:]))
+        main(**dict(argument.split("=", 1) for argument in sys.argv[1:]))

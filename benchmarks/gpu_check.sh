@@ -130,7 +130,7 @@ wants 6 && python $PROBE variants "${DONE[@]/#/$W/v/}" >>"$LOG" 2>&1
 
 # ------------------------------------------------------------------------------------------------ 7. beside TRL
 export TORCH_CUDNN_SDPA_DEPRIORITIZED=1  # for TRL too: without it torch 2.11 plans attention anew at each decoded token
-for program in ours ours:1024 trl; do
+for program in ours ours:MICRO_BATCH_TOKENS=1024 trl; do
     part "7 compare $program" $(test -n "$GPU" && echo 110 || echo 300) bash -c \
         "python benchmarks/compare.py run $program $W/model $STEPS $PROMPTS $TOKENS exact $THREADS >$W/$program.json" &&
         python $PROBE compare $program "$W/$program.json" >>"$LOG" 2>&1
