@@ -113,7 +113,8 @@ def words(text: str) -> list[str]:
 
 
 def is_prose(text: str) -> bool:
-    return bool(re.search(rf"(?<![\\A-Za-z_{{])(?!and\b)[A-Za-z']{{3}}|{CHINESE}", text))
+    """Whether it has words; an "and" between two answers is none."""
+    return bool(re.search(rf"(?<![\\A-Za-z_{{])(?!and\b.)[A-Za-z']{{3}}|{CHINESE}", text))
 
 
 # ------------------------------------------------------------------------------------------------- readings

@@ -192,6 +192,14 @@ def test_the_judge_gets_ready_before_its_first_question():
         time.sleep(0.1)
 
 
+def test_a_start_does_not_wait_for_the_judge(monkeypatch):
+    """The trial's completions are prompts, and the system prompt has "<answer> and </answer>"."""
+    monkeypatch.setattr(math_judge, "ask_judge", lambda *pair: pytest.fail(f"asked about {pair}"))
+    math_judge.compare.cache_clear()
+    assert reward_correct([f"{grpo_train.SYSTEM_PROMPT} 1 + 2?"], ["3"]) == [-1]
+    assert math_judge.is_equal("1 and 2", "2 and 1")
+
+
 def test_a_nursery_that_was_killed_is_replaced():
     assert math_judge.ask_judge("1/2", "2/4")
     os.killpg(math_judge.nursery[0].pid, signal.SIGKILL)
