@@ -1,8 +1,9 @@
-"""Attention for rows that share prompts; outside it nothing is padded and no prompt computed twice.
+"""Attention for rows that begin alike; outside it nothing is padded, and no token computed twice after the same text.
 
-The rows of a batch differ in length, and those of a group begin with the same prompt. As a rectangle, half of what the
-linear layers compute could be padding and prompts again. So the model is given every token once, as one long row, and
-only inside attention they are rows again: `layout` says where. transformers calls `attention` in every layer.
+The rows of a batch differ in length. They share the system prompt, those of a group the whole prompt, and often the
+first words of the completions. As a rectangle, half of what the linear layers compute could be padding, and the same
+again. So the rows are made a tree of tokens, and the model is given all its nodes as one long row. Only inside
+attention they are rows again: `layout` says where. transformers calls `attention` in every layer.
 """
 from typing import NamedTuple
 
@@ -17,30 +18,32 @@ SIMILAR = 0.7  # attention pads rows to the longest of those that are at least s
 
 class Layout(NamedTuple):
     """Which tokens of the rows are computed, N in all, and where attention finds them."""
-    computed: torch.Tensor  # (B, L) bool: of equal prompts only the first
-    number: torch.Tensor  # (B, L): a token's place among those computed
+    computed: torch.Tensor  # (B, L) bool: of tokens behind equal beginnings only the first
+    number: torch.Tensor  # (B, L): a token's place among those computed; 0 for padding
+    before: torch.Tensor  # (N,): the place of the token before each of them; -1 for a row's first
     parts: list[torch.Tensor]  # `number`, cut into rows of similar length, without most of the padding
     places: torch.Tensor  # (N,): where the parts, flattened, have each computed token
 
 
-def layout(rows, prompt_lens, lens) -> Layout:
-    """For rows (B, L) of so many tokens (B,), of which so many are the prompt; at its best with the longest first."""
-    position = torch.arange(rows.shape[1], device=rows.device)
-    is_prompt, first = position < prompt_lens[:, None], {}
-    owner = [first.setdefault(tuple(row[:n]), i) for i, (row, n) in enumerate(zip(rows.tolist(), prompt_lens.tolist()))]
-    owner = torch.tensor(owner, device=rows.device)  # (B,), the row where a row's prompt is computed
-    is_first = owner == torch.arange(len(rows), device=rows.device)
-    computed = (position < lens[:, None]) & (~is_prompt | is_first[:, None])
-    number = computed.flatten().cumsum(0).view_as(rows) - 1
-    number = torch.where(is_prompt, number[owner], number)
+def layout(rows, lens) -> Layout:
+    """For rows (B, L) of so many tokens (B,); at its best with the longest first."""
+    lens, tree, paths = lens.tolist(), {}, []
+    for row, length in zip(rows.tolist(), lens):
+        node = -1
+        path = [node := tree.setdefault((node, token), len(tree)) for token in row[:length]]
+        paths.append(path + [0] * (len(row) - length))
+    number = torch.tensor(paths, device=rows.device)
+    largest = number.flatten().cummax(0).values
+    computed = (largest.diff(prepend=largest.new_tensor([-1])) > 0).view_as(rows)
+    before = functional.pad(number[:, :-1], (1, 0), value=-1)[computed]
 
-    lens, cuts = lens.tolist(), [0]
+    cuts = [0]
     for row, length in enumerate(lens):
         if length < SIMILAR * lens[cuts[-1]]:
             cuts.append(row)
     parts = [(slice(start, end), slice(max(lens[start:end]))) for start, end in zip(cuts, [*cuts[1:], len(lens)])]
     places = torch.cat([computed[part].flatten() for part in parts]).nonzero()[:, 0]
-    return Layout(computed, number, [number[part] for part in parts], places)
+    return Layout(computed, number, before, [number[part] for part in parts], places)
 
 
 def attention(module, query, key, value, attention_mask, layout=None, sliding_window=None, **options):

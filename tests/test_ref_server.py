@@ -70,11 +70,12 @@ def make_model(family, **changes):
 
 
 def make_groups():
-    """Three prompts; one of them begins like another; completions of several lengths."""
+    """Three prompts and completions of several lengths; one of the prompts begins like another, and so do completions."""
     prompts = [[5, 6, 7], [5, 6, 7, 8, 9, 2], [4]]
     whose, lens = [0, 1, 0, 2, 1, 0, 1], [4, 9, 1, 6, 12, 3, 1]
     generator = torch.Generator().manual_seed(1)
     rows = [prompts[p] + torch.randint(320, (n,), generator=generator).tolist() for p, n in zip(whose, lens)]
+    rows[4][6:9], rows[2] = rows[1][6:9], rows[0][:4]
     return torch.tensor(sum(rows, [])), torch.tensor([len(prompts[p]) for p in whose]), torch.tensor(lens)
 
 
@@ -166,12 +167,14 @@ def test_the_heads_passes_on_a_gpu_are_those_of_softmax(cap):
     torch.testing.assert_close(error.double(), expected, atol=1e-6, rtol=0)
 
 
-def test_each_token_is_computed_once_and_a_groups_prompt_too():
+def test_no_token_is_computed_twice_after_the_same_text():
     model, rows, seen = make_model("Qwen2"), make_groups(), []
     pack_attention(model)
     model.base_model.register_forward_pre_hook(lambda _, __, named: seen.append(named["input_ids"]), with_kwargs=True)
     token_logps(model, *rows)
-    assert seen[0].shape == (1, 3 + 6 + 1 + rows[2].sum())
+    texts = {tuple(row[:end].tolist()) for row in rows[0].split((rows[1] + rows[2]).tolist())
+             for end in range(1, len(row) + 1)}
+    assert seen[0].shape == (1, len(texts)) and len(texts) == 6 + 1 + rows[2].sum() - 3 - 1
 
 
 def test_bfloat16_costs_no_more_than_its_rounding():
