@@ -46,6 +46,13 @@ def layout(rows, lens) -> Layout:
     return Layout(computed, number, before, [number[part] for part in parts], places)
 
 
+def one_row(rows, where: Layout) -> dict[str, torch.Tensor | Layout]:
+    """The rows (B, L) as one long row, for a model that attends as below."""
+    position = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    return {"input_ids": rows[where.computed][None], "position_ids": position[where.computed][None], "layout": where,
+            "attention_mask": rows.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
+
+
 def attention(module, query, key, value, attention_mask, layout=None, sliding_window=None, **options):
     """As transformers calls it: query (B, heads, T, D), key and value (B, key heads, S, D) -> ((B, T, heads, D), None).
 

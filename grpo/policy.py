@@ -9,7 +9,7 @@ import os
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from grpo.attention import layout, pack_attention
+from grpo.attention import layout, one_row, pack_attention
 from grpo.constants import explained, require
 from grpo.fused import fuse
 from grpo.head import head_logps
@@ -184,18 +184,13 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     is_completion = is_token & (position >= prompt_lens[:, None])
     rows = torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_token, tokens.long())
     where = layout(rows, lens)
-    computed = rows[where.computed]  # (N,)
     packed = model.config._attn_implementation == "packed"
-    inputs = {"input_ids": rows}
-    if packed:
-        inputs = {"input_ids": computed[None], "layout": where,
-                  "position_ids": position.expand_as(rows)[where.computed][None],
-                  "attention_mask": tokens.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
+    inputs = one_row(rows, where) if packed else {"input_ids": rows}
     hidden = body_of(model)(**inputs, use_cache=False).last_hidden_state
     hidden = hidden[0] if packed else hidden[where.computed]  # (N, H)
     place, again = where.number[is_completion].unique(return_inverse=True)  # a token that rows share once
     hidden = hidden[where.before[place]]  # shift by one: position t predicts t + 1
-    return head_logps(model, hidden, computed[place], temperature)[again]  # (C,)
+    return head_logps(model, hidden, rows[where.computed][place], temperature)[again]  # (C,)
 
 
 @torch.no_grad()

@@ -5,15 +5,18 @@ samplers. It is slower: a prompt is prefilled for each of its completions, and n
 have ended.
 """
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from grpo.sampling.transformers import Written, draw, padded
+from grpo.sampling.transformers import Written, draw
 
 
 @torch.no_grad()
 def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms):
     """As `transformers.decode`."""
-    ids, mask = (tensor.repeat_interleave(group_size, 0) for tensor in padded(prompts, model.device))
+    rows = [torch.tensor(prompt.ids, device=model.device) for prompt in prompts for _ in range(group_size)]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     uniforms, logps = uniforms.to(model.device) if temperature else None, []
 
     def only_drawn(_, scores):

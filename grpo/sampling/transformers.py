@@ -6,8 +6,10 @@ samples however the prompts are spread over processes.
 """
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from grpo.attention import layout, one_row
 from grpo.sampling.step import masks, next_logits, windows
 from grpo.types import Group, Prompt, Sample
 
@@ -105,24 +107,20 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
         rows = rows[places]
 
 
-def padded(prompts, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask (prompts, L), padded on the left."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    gaps = [longest - len(prompt.ids) for prompt in prompts]
-    ids = torch.tensor([[0] * gap + prompt.ids for gap, prompt in zip(gaps, prompts)], device=device)
-    return ids, (torch.arange(longest, device=device) >= torch.tensor(gaps, device=device)[:, None]).long()
-
-
 def prefill(model, prompts, max_tokens):
     """Logits (P, V) after the P prompts, mask and position (P, L + max_tokens) of all tokens, and of L tokens each
-    layer's keys and values (P, heads, L, D)."""
-    ids, mask = padded(prompts, model.device)
-    longest, mask = ids.shape[1], functional.pad(mask, (0, max_tokens), value=1)
-    position = mask.cumsum(1).sub(1).clamp(min=0)
+    layer's keys and values (P, heads, L, D); the prompts are padded on the left."""
+    lens = torch.tensor([len(prompt.ids) for prompt in prompts], device=model.device)
+    rows = pad_sequence([torch.tensor(prompt.ids, device=model.device) for prompt in prompts], batch_first=True)
+    where, longest = layout(rows, lens), rows.shape[1]
     cache = DynamicCache()  # all the keys, in layers with a sliding window too
-    logits = model(input_ids=ids, attention_mask=mask[:, :longest], position_ids=position[:, :longest],
-                   past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    return logits, mask, position, [state for layer in cache.layers for state in (layer.keys, layer.values)]
+    last = where.number.gather(1, lens[:, None] - 1)[:, 0]
+    logits = model(**one_row(rows, where), past_key_values=cache, logits_to_keep=last).logits[0]
+    place = torch.arange(longest + max_tokens, device=model.device) - (longest - lens)[:, None]
+    position = place.clamp(min=0)
+    number = where.number.gather(1, position[:, :longest])
+    states = [state[0, :, number].transpose(0, 1) for layer in cache.layers for state in (layer.keys, layer.values)]
+    return logits, (place >= 0).long(), position, states
 
 
 def draw(logits, uniform):
