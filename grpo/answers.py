@@ -113,7 +113,7 @@ def words(text: str) -> list[str]:
 
 
 def is_prose(text: str) -> bool:
-    """Whether it has words; an "and" between two answers is none."""
+    """Whether it has words, not counting an "and" with something behind it."""
     return bool(re.search(rf"(?<![\\A-Za-z_{{])(?!and\b.)[A-Za-z']{{3}}|{CHINESE}", text))
 
 

@@ -1,10 +1,11 @@
-"""Attention for rows that begin alike; outside it nothing is padded, and no token computed twice after the same text.
+"""Attention for rows that begin alike: outside it nothing is padded, and what rows begin with is computed once.
 
 The rows of a batch differ in length. They share the system prompt, those of a group the whole prompt, and often the
-first words of the completions. As a rectangle, half of what the linear layers compute could be padding, and the same
-again. So the rows are made a tree of tokens, and the model is given all its nodes as one long row. Only inside
-attention they are rows again: `layout` says where. transformers calls `attention` in every layer.
+first words of the completions. As a rectangle, half of what the linear layers compute could be padding, or the same
+again. So the rows become a tree, whose nodes are tokens: the model gets each node once, all in one long row. Only
+inside attention are they rows again: `layout` says where. transformers calls `attention` in every layer.
 """
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -18,23 +19,23 @@ SIMILAR = 0.7  # attention pads rows to the longest of those that are at least s
 
 class Layout(NamedTuple):
     """Which tokens of the rows are computed, N in all, and where attention finds them."""
-    computed: torch.Tensor  # (B, L) bool: of tokens behind equal beginnings only the first
+    computed: torch.Tensor  # (B, L) bool: False for padding, and for what a row above begins with too
     number: torch.Tensor  # (B, L): a token's place among those computed; 0 for padding
-    before: torch.Tensor  # (N,): the place of the token before each of them; -1 for a row's first
+    before: torch.Tensor  # (N,): the place of the token before it in its row; -1 at the start
     parts: list[torch.Tensor]  # `number`, cut into rows of similar length, without most of the padding
     places: torch.Tensor  # (N,): where the parts, flattened, have each computed token
 
 
 def layout(rows, lens) -> Layout:
-    """For rows (B, L) of so many tokens (B,); at its best with the longest first."""
-    lens, tree, paths = lens.tolist(), {}, []
+    """The tree of rows (B, L) with so many tokens (B,); least padding in attention with the longest first."""
+    lens, tree, paths, known = lens.tolist(), {}, [], []  # tree: {(place of the token before, token): its place}
     for row, length in zip(rows.tolist(), lens):
-        node = -1
-        path = [node := tree.setdefault((node, token), len(tree)) for token in row[:length]]
-        paths.append(path + [0] * (len(row) - length))
-    number = torch.tensor(paths, device=rows.device)
-    largest = number.flatten().cummax(0).values
-    computed = (largest.diff(prepend=largest.new_tensor([-1])) > 0).view_as(rows)
+        known.append(len(tree))
+        place = -1
+        path = [place := tree.setdefault((place, token), len(tree)) for token in row[:length]]
+        paths.append(path + [-1] * (len(row) - length))
+    number, known = (torch.tensor(places, device=rows.device) for places in (paths, known))
+    computed, number = number >= known[:, None], number.clamp(min=0)
     before = functional.pad(number[:, :-1], (1, 0), value=-1)[computed]
 
     cuts = [0]
@@ -47,7 +48,7 @@ def layout(rows, lens) -> Layout:
 
 
 def one_row(rows, where: Layout) -> dict[str, torch.Tensor | Layout]:
-    """The rows (B, L) as one long row, for a model that attends as below."""
+    """What a packed model takes in place of the rows (B, L): the tree's tokens as one long row."""
     position = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     return {"input_ids": rows[where.computed][None], "position_ids": position[where.computed][None], "layout": where,
             "attention_mask": rows.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
@@ -88,6 +89,7 @@ def pack_attention(model) -> None:
     """From now on `model` attends as above, if nothing but ordinary attention lets its tokens see each other."""
     layers = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     ordinary = model._supports_attention_backend and not model._is_stateful
+    ordinary &= "logits_to_keep" in inspect.signature(model.forward).parameters  # what prefilling needs
     if ordinary and model.config._attn_implementation == "sdpa" and layers <= {"full_attention", "sliding_attention"}:
         AttentionInterface.register("packed", attention)
         AttentionMaskInterface.register("packed", sdpa_mask)

@@ -7,6 +7,7 @@ import copy
 import os
 
 import torch
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from grpo.attention import layout, one_row, pack_attention
@@ -188,8 +189,9 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     inputs = one_row(rows, where) if packed else {"input_ids": rows}
     hidden = body_of(model)(**inputs, use_cache=False).last_hidden_state
     hidden = hidden[0] if packed else hidden[where.computed]  # (N, H)
-    place, again = where.number[is_completion].unique(return_inverse=True)  # a token that rows share once
-    hidden = hidden[where.before[place]]  # shift by one: position t predicts t + 1
+    place, again = where.number[is_completion].unique(return_inverse=True)  # what rows share, once
+    # shift by one: position t predicts t + 1. Unlike an index, an embedding adds gradients up in a fixed order
+    hidden = functional.embedding(where.before[place], hidden)  # (U, H)
     return head_logps(model, hidden, rows[where.computed][place], temperature)[again]  # (C,)
 
 

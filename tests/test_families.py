@@ -53,7 +53,7 @@ FAMILIES = {  # family: class in transformers, what its configuration has beside
     "GLM": ("Glm4", {"head_dim": 8}),
     "SmolLM3": ("SmolLM3", {}),
 }
-PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 11], [4]]
+PROMPTS = [[5, 6, 7], [5, 6, 7, 6, 5, 4, 3, 11], [4]]
 
 
 def make_model(family: str, **options):

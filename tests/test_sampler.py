@@ -26,7 +26,7 @@ from grpo.sampling.transformers import draw
 from grpo.types import Prompt
 from test_ref_server import SHAPE, expected_logps, make_model
 
-PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18, 19]]
+PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19]]  # two begin alike
 
 
 def test_greedy_tokens_are_those_of_generate(tiny):

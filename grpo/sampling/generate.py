@@ -14,9 +14,9 @@ from grpo.sampling.transformers import Written, draw
 @torch.no_grad()
 def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens, uniforms):
     """As `transformers.decode`."""
-    rows = [torch.tensor(prompt.ids, device=model.device) for prompt in prompts for _ in range(group_size)]
-    ids = pad_sequence(rows, batch_first=True, padding_side="left")
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    rows = [torch.tensor(prompt.ids) for prompt in prompts for _ in range(group_size)]
+    ids, mask = (pad_sequence(some, batch_first=True, padding_side="left").to(model.device)
+                 for some in (rows, [torch.ones_like(row) for row in rows]))
     uniforms, logps = uniforms.to(model.device) if temperature else None, []
 
     def only_drawn(_, scores):

@@ -85,7 +85,7 @@ def masks(limits, dtype, seen, here) -> tuple[torch.Tensor, ...]:
     """
     before, found = here - torch.arange(seen.shape[1], device=seen.device), []
     for window in limits:
-        looks = (seen > 0) & (0 <= before) & (before < window)
+        looks = seen & (0 <= before) & (before < window)
         room = torch.zeros(len(seen), 1, 1, -(-seen.shape[1] // 8) * 8, dtype=dtype, device=seen.device)
         found.append(room[..., : seen.shape[1]].masked_fill_(~looks[:, None, None], -torch.inf))
     return tuple(found)

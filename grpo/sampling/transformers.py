@@ -1,8 +1,8 @@
 """Samples of prompts, by the policy's own modules in transformers and a decoding loop of our own: the default.
 
-A prompt is prefilled once for its whole group, finished sequences leave the batch, and each token's log-prob comes
-along at no extra forward pass. The random numbers belong to the prompt's seed, not to the batch: a prompt gets the same
-samples however the prompts are spread over processes.
+What prompts begin with is computed once, a prompt once for its whole group; finished sequences leave the batch; each
+token's log-prob comes along at no extra forward pass. The random numbers belong to the prompt's seed, not to the batch:
+a prompt gets the same samples however the prompts are spread over processes.
 """
 import torch
 from torch.nn import functional
@@ -110,17 +110,19 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
 def prefill(model, prompts, max_tokens):
     """Logits (P, V) after the P prompts, mask and position (P, L + max_tokens) of all tokens, and of L tokens each
     layer's keys and values (P, heads, L, D); the prompts are padded on the left."""
-    lens = torch.tensor([len(prompt.ids) for prompt in prompts], device=model.device)
-    rows = pad_sequence([torch.tensor(prompt.ids, device=model.device) for prompt in prompts], batch_first=True)
+    lens = torch.tensor([len(prompt.ids) for prompt in prompts]).to(model.device)
+    rows = pad_sequence([torch.tensor(prompt.ids) for prompt in prompts], batch_first=True).to(model.device)
     where, longest = layout(rows, lens), rows.shape[1]
     cache = DynamicCache()  # all the keys, in layers with a sliding window too
     last = where.number.gather(1, lens[:, None] - 1)[:, 0]
     logits = model(**one_row(rows, where), past_key_values=cache, logits_to_keep=last).logits[0]
-    place = torch.arange(longest + max_tokens, device=model.device) - (longest - lens)[:, None]
-    position = place.clamp(min=0)
-    number = where.number.gather(1, position[:, :longest])
-    states = [state[0, :, number].transpose(0, 1) for layer in cache.layers for state in (layer.keys, layer.values)]
-    return logits, (place >= 0).long(), position, states
+    position = torch.arange(longest + max_tokens, device=model.device) - (longest - lens)[:, None]  # all end at L
+    mask, position = position >= 0, position.clamp(min=0)
+    number, states = where.number.gather(1, position[:, :longest]), []
+    while cache.layers:  # one after the other, because together they would be there twice
+        layer = cache.layers.pop(0)
+        states += [state[0][:, number].transpose(0, 1) for state in (layer.keys, layer.values)]
+    return logits, mask, position, states
 
 
 def draw(logits, uniform):
