@@ -21,9 +21,16 @@ class Layout(NamedTuple):
     """Which tokens of the rows are computed, N in all, and where attention finds them."""
     computed: torch.Tensor  # (B, L) bool: False for padding, and for what a row above begins with too
     number: torch.Tensor  # (B, L): a token's place among those computed; 0 for padding
-    before: torch.Tensor  # (N,): the place of the token before it in its row; -1 at the start
+    tokens: torch.Tensor  # (N,): those that are computed
+    position: torch.Tensor  # (N,): each one's in its row
+    before: torch.Tensor  # (N,): the place of the token before it in its row; at the start it means nothing
     parts: list[torch.Tensor]  # `number`, cut into rows of similar length, without most of the padding
     places: torch.Tensor  # (N,): where the parts, flattened, have each computed token
+
+    def one_row(self) -> dict:
+        """What a packed model takes in place of the rows: the tree's tokens as one long row."""
+        return {"input_ids": self.tokens[None], "position_ids": self.position[None], "layout": self,
+                "attention_mask": self.tokens.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
 
 
 def layout(rows, lens) -> Layout:
@@ -36,7 +43,8 @@ def layout(rows, lens) -> Layout:
         paths.append(path + [-1] * (len(row) - length))
     number, known = (torch.tensor(places, device=rows.device) for places in (paths, known))
     computed, number = number >= known[:, None], number.clamp(min=0)
-    before = functional.pad(number[:, :-1], (1, 0), value=-1)[computed]
+    row, position = computed.nonzero(as_tuple=True)
+    tokens, before = rows[row, position], number[row, position - 1]
 
     cuts = [0]
     for row, length in enumerate(lens):
@@ -44,14 +52,7 @@ def layout(rows, lens) -> Layout:
             cuts.append(row)
     parts = [(slice(start, end), slice(max(lens[start:end]))) for start, end in zip(cuts, [*cuts[1:], len(lens)])]
     places = torch.cat([computed[part].flatten() for part in parts]).nonzero()[:, 0]
-    return Layout(computed, number, before, [number[part] for part in parts], places)
-
-
-def one_row(rows, where: Layout) -> dict[str, torch.Tensor | Layout]:
-    """What a packed model takes in place of the rows (B, L): the tree's tokens as one long row."""
-    position = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
-    return {"input_ids": rows[where.computed][None], "position_ids": position[where.computed][None], "layout": where,
-            "attention_mask": rows.new_empty(1, 1, 0, 0)}  # for transformers not to make one of N x N
+    return Layout(computed, number, tokens, position, before, [number[part] for part in parts], places)
 
 
 def attention(module, query, key, value, attention_mask, layout=None, sliding_window=None, **options):
@@ -77,7 +78,7 @@ def attention(module, query, key, value, attention_mask, layout=None, sliding_wi
             outputs.append(output.flatten(2).flatten(0, 1))
         output = torch.cat(outputs).index_select(0, layout.places)  # none twice, so here nothing has to be sorted
         return output.unflatten(1, (query.shape[1], -1))[None], None
-    if query.shape[2] > 1:
+    if query.shape[2] > 1:  # transformers' own `generate`, for whoever wants to see what the model writes
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     # One new token for each row: heads with the same keys are as good as several queries, and no key is copied.
     query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)

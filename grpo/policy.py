@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from grpo.attention import layout, one_row, pack_attention
+from grpo.attention import layout, pack_attention
 from grpo.constants import explained, require
 from grpo.fused import fuse
 from grpo.head import head_logps
@@ -186,13 +186,13 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     rows = torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_token, tokens.long())
     where = layout(rows, lens)
     packed = model.config._attn_implementation == "packed"
-    inputs = one_row(rows, where) if packed else {"input_ids": rows}
+    inputs = where.one_row() if packed else {"input_ids": rows}
     hidden = body_of(model)(**inputs, use_cache=False).last_hidden_state
-    hidden = hidden[0] if packed else hidden[where.computed]  # (N, H)
+    hidden = hidden[0] if packed else hidden[where.computed]  # (computed, H)
     place, again = where.number[is_completion].unique(return_inverse=True)  # what rows share, once
     # shift by one: position t predicts t + 1. Unlike an index, an embedding adds gradients up in a fixed order
-    hidden = functional.embedding(where.before[place], hidden)  # (U, H)
-    return head_logps(model, hidden, rows[where.computed][place], temperature)[again]  # (C,)
+    hidden = functional.embedding(where.before[place], hidden)
+    return head_logps(model, hidden, where.tokens[place], temperature)[again]  # (C,)
 
 
 @torch.no_grad()

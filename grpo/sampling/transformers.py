@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from grpo.attention import layout, one_row
+from grpo.attention import layout
 from grpo.sampling.step import masks, next_logits, windows
 from grpo.types import Group, Prompt, Sample
 
@@ -115,7 +115,7 @@ def prefill(model, prompts, max_tokens):
     where, longest = layout(rows, lens), rows.shape[1]
     cache = DynamicCache()  # all the keys, in layers with a sliding window too
     last = where.number.gather(1, lens[:, None] - 1)[:, 0]
-    logits = model(**one_row(rows, where), past_key_values=cache, logits_to_keep=last).logits[0]
+    logits = model(**where.one_row(), past_key_values=cache, logits_to_keep=last).logits[0]
     position = torch.arange(longest + max_tokens, device=model.device) - (longest - lens)[:, None]  # all end at L
     mask, position = position >= 0, position.clamp(min=0)
     number, states = where.number.gather(1, position[:, :longest]), []
