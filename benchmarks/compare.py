@@ -11,7 +11,8 @@
 The last one is for a GPU. Unless there is a `model`, its shape is Qwen2's (hidden 256, 4 layers). 4 prompts x 8
 completions a step, AdamW in float32, a reference model, one update a step; needs tests/requirements.txt. Every program
 runs alone and may use both cores; this project's reference server is a process beside the trainer, and counted. Of
-several numbers of threads the best one is quoted. Behind `ours:` is a constant of it, as in ours:SAMPLER=transformers.
+several numbers of threads the best one is quoted. Behind `ours:` is a constant of it, as in ours:SAMPLER=transformers;
+trl:bf16=True and trl:dtype=bfloat16 are TRL's mixed precision and weights in bfloat16.
 """
 import json
 import os
@@ -108,11 +109,11 @@ def shares(step_seconds: list[float], phases: Counter) -> dict:
 # ------------------------------------------------------------------------------------------------- the programs
 
 @contextmanager
-def reference_server(folder: Path, environment: dict):
+def reference_server(folder: Path, environment: dict, dtype="auto"):
     """Its process and address, while the block runs."""
     with tempfile.NamedTemporaryFile() as said:
-        server = subprocess.Popen([sys.executable, "ref_server.py", f"MODEL={folder}", "PORT=0"], cwd=ROOT,
-                                  env=environment, stdout=said, stderr=subprocess.STDOUT)
+        server = subprocess.Popen([sys.executable, "ref_server.py", f"MODEL={folder}", f"DTYPE={dtype}", "PORT=0"],
+                                  cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + 120
             while not (url := re.search(r"http://[\d.:]+", Path(said.name).read_text())):
@@ -129,7 +130,8 @@ def train(output: str, environment: dict, ranks=1, **constants) -> list[dict]:
     import torch
 
     start = [f"{Path(sys.executable).parent}/deepspeed", "--num_accelerators", "2"] if ranks == 2 else [sys.executable]
-    stage = int(torch.accelerator.is_available())  # 0 on a CPU, where one process has nothing to split
+    # 0 on a CPU, where one process has nothing to split; in bfloat16 DeepSpeed needs 1
+    stage = int(torch.accelerator.is_available() or constants.get("DTYPE") == "bfloat16")
     constants = dict(OUTPUT_DIR=output, REWARDS="reward_len", EVAL_EVERY=0, SAVE_EVERY=0, WARMUP_STEPS=0, BETA=BETA,
                      LR=LR, ZERO_STAGE=stage) | constants
     words = [f"{name}={value}" for name, value in constants.items()]
@@ -140,8 +142,8 @@ def train(output: str, environment: dict, ranks=1, **constants) -> list[dict]:
 
 
 def ours(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threads: int, **constants) -> dict:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with tempfile.TemporaryDirectory() as output, reference_server(folder, environment) as (server, url):
+    environment, dtype = os.environ | {"OMP_NUM_THREADS": str(threads)}, constants.get("DTYPE", "auto")
+    with tempfile.TemporaryDirectory() as output, reference_server(folder, environment, dtype) as (server, url):
         rows = train(output, environment, MODEL=folder, DATASET=f"{folder}/data.jsonl", REF_SERVER=url, STEPS=steps,
                      PROMPTS_PER_STEP=prompts, GROUP_SIZE=GROUP, MAX_COMPLETION_TOKENS=tokens,
                      MIN_COMPLETION_TOKENS=tokens if exact else 0, **constants)[1:]
@@ -161,11 +163,13 @@ def trl_config(**options):
     gpu = torch.accelerator.is_available()
     return GRPOConfig(
         output_dir=tempfile.mkdtemp(), loss_type="grpo", use_bias_correction_kl=False, max_grad_norm=1.0,
-        use_cpu=not gpu, bf16=gpu, gradient_checkpointing=False, report_to=[], logging_steps=1000, save_strategy="no",
-        disable_tqdm=True, seed=0, **options)
+        use_cpu=not gpu, gradient_checkpointing=False, report_to=[], logging_steps=1000, save_strategy="no",
+        disable_tqdm=True, seed=0, **{"bf16": gpu} | options)
 
 
-def trl(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threads: int) -> dict:
+def trl(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threads: int, dtype="float32",
+        **options) -> dict:
+    """`dtype` is that of the weights; option bf16=True computes products in bfloat16 from weights in float32."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -193,7 +197,8 @@ def trl(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, thread
         args=trl_config(
             per_device_train_batch_size=prompts * GROUP // parts, gradient_accumulation_steps=parts,
             num_generations=GROUP, max_steps=steps, learning_rate=LR, lr_scheduler_type="constant", beta=BETA,
-            max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens} if exact else {}))
+            max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens} if exact else {},
+            model_init_kwargs={"dtype": dtype}, **options))
 
     def rewarded(inputs, prompts, completions, ids, *_):
         lengths.append(sum(map(len, ids)))

@@ -14,12 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-SIMILAR = 0.7  # attention pads rows to the longest of those that are at least so long, relative to the first
+SIMILAR = 0.7  # attention starts a new part at a row shorter than so much of the part's first, its longest
 
 
 class Layout(NamedTuple):
     """Which tokens of the rows are computed, N in all, and where attention finds them."""
-    computed: torch.Tensor  # (B, L) bool: False for padding, and for what a row above begins with too
+    computed: torch.Tensor  # (B, L) bool: True for tokens to compute; False for padding and what a row above shares
     number: torch.Tensor  # (B, L): a token's place among those computed; 0 for padding
     tokens: torch.Tensor  # (N,): those that are computed
     position: torch.Tensor  # (N,): each one's in its row
@@ -34,7 +34,10 @@ class Layout(NamedTuple):
 
 
 def layout(rows, lens) -> Layout:
-    """The tree of rows (B, L) with so many tokens (B,); least padding in attention with the longest first."""
+    """The tree of rows (B, L) with so many tokens (B,). Sorted rows, the longest first, have the least padding.
+
+    Nodes are numbered as they are found, row by row; a row's own are those from `known` on.
+    """
     lens, tree, paths, known = lens.tolist(), {}, [], []  # tree: {(place of the token before, token): its place}
     for row, length in zip(rows.tolist(), lens):
         known.append(len(tree))
@@ -63,6 +66,8 @@ def attention(module, query, key, value, attention_mask, layout=None, sliding_wi
     if layout is not None:
         flat = [tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value)]  # (N, heads x D)
         packed, widths, outputs = torch.cat(flat, 1), [tensor.shape[1] for tensor in flat], []
+        if packed.device.type == "cpu" and packed.dtype == torch.bfloat16:
+            packed = packed.float()  # a CPU's backward pass of attention takes three times as long in bfloat16
         for part in layout.parts:  # (rows, length)
             # An embedding's backward pass sums the gradients of a shared token in a fixed order, on a GPU too. It sorts
             # the places for that, so query, key and value are taken at once.
@@ -77,7 +82,7 @@ def attention(module, query, key, value, attention_mask, layout=None, sliding_wi
             output, _ = sdpa_attention_forward(module, *states, mask, **options)
             outputs.append(output.flatten(2).flatten(0, 1))
         output = torch.cat(outputs).index_select(0, layout.places)  # none twice, so here nothing has to be sorted
-        return output.unflatten(1, (query.shape[1], -1))[None], None
+        return output.unflatten(1, (query.shape[1], -1))[None].to(query.dtype), None
     if query.shape[2] > 1:  # transformers' own `generate`, for whoever wants to see what the model writes
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     # One new token for each row: heads with the same keys are as good as several queries, and no key is copied.
@@ -87,7 +92,8 @@ def attention(module, query, key, value, attention_mask, layout=None, sliding_wi
 
 
 def pack_attention(model) -> None:
-    """From now on `model` attends as above, if nothing but ordinary attention lets its tokens see each other."""
+    """Switches `model` to the attention above, "packed", if all its layers attend to all tokens or a sliding window,
+    and nothing else lets tokens see each other. `token_logps` and the samplers ask for that name."""
     layers = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     ordinary = model._supports_attention_backend and not model._is_stateful
     ordinary &= "logits_to_keep" in inspect.signature(model.forward).parameters  # what prefilling needs
