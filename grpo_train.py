@@ -11,7 +11,7 @@ no replay. Read `main()` first; `GRPO_step` is the loss, with its variants. The 
 micro-batch, C completion tokens of all of them one after the other (`grpo/types.py`).
 
 Where the defaults deviate from the paper:
-- A group whose rewards are all equal is left out, and its KL term with it (DROP_EQUAL_GROUPS=False keeps both).
+- A group whose rewards are all equal is left out, with its KL and entropy terms (DROP_EQUAL_GROUPS=False keeps it).
 - Advantages divide by the sample standard deviation plus 1e-4; the paper writes std without saying which.
 - The sampler rounds differently than the policy: its tokens are weighted by min(policy / sampler, IS_CAP).
 - One update a batch (UPDATES_PER_BATCH), so the ratio is 1 and nothing is clipped; the paper's experiments do the same.
@@ -56,7 +56,7 @@ PROMPTS_PER_STEP: Over(0, 2**20) = 16  # of the whole job, all processes togethe
 GROUP_SIZE: Over(1, 2**16) = 8  # G: completions for each prompt; more of them, better advantages: 8 to 64
 MAX_PROMPT_TOKENS = 128  # longer prompts are left out
 MAX_COMPLETION_TOKENS: Over(0) = 64  # 512 for GSM8K, thousands for competition mathematics
-MIN_COMPLETION_TOKENS = 0  # EOS is not sampled before; for benchmarks
+MIN_COMPLETION_TOKENS = 0  # no completion ends before so many; for benchmarks
 TEMPERATURE: Over(1e-6) = 1.0  # of sampling and of every log-prob; below 1 explores less
 SAMPLER: Literal["auto", "transformers", "graph", "vllm"] = "auto"  # "graph" on a GPU, if it can; else "transformers"
 VLLM_MEMORY = 0.4  # share of a GPU's memory that vLLM has while it samples
@@ -73,16 +73,16 @@ CLIP_LOW = 0.2  # the ratio is clipped to 1 - CLIP_LOW ...
 CLIP_HIGH = 0.2  # ... 1 + CLIP_HIGH; DAPO: 0.28
 ENTROPY_BONUS = 0.0  # weight of the entropy; 0.001 keeps a policy from settling too early
 UPDATES_PER_BATCH: Over(0) = 1  # AdamW steps on each batch; only with more of them is there anything to clip
-DROP_EQUAL_GROUPS = True  # leaves out groups whose rewards are all equal, and their KL term with them, to save time
+DROP_EQUAL_GROUPS = True  # leaves out groups whose rewards are all equal, with their KL and entropy terms, to save time
 MASK_TRUNCATED = False  # completions that were cut off teach nothing (DAPO's overlong filtering)
 
 # Optimizer and memory
 LR = 5e-5  # 1e-6 for pre-trained models with full fine-tuning
 WARMUP_STEPS = 10  # linear; without it Adam's first steps can ruin the model
 MAX_GRAD_NORM = 1.0
-MAX_SKIPPED_STEPS: Over(0) = 5  # in a row, because their gradients are not finite; then the run ends
-MICRO_BATCH_TOKENS = 8192  # rows x longest row of a forward and backward pass; a GPU halves it at the start until the
-# longest rows fit. It changes memory, not the update: without checkpointing 1.5B parameters keep 2 MB a token
+MAX_SKIPPED_STEPS: Over(0) = 5  # the run ends after so many in a row whose gradients are not finite
+MICRO_BATCH_TOKENS = 8192  # rows x longest row of a forward and backward pass; on a GPU it is halved at the start until
+# the longest rows fit. It changes memory, not the update: without checkpointing 1.5B parameters keep 2 MB a token
 GRADIENT_CHECKPOINTING = False  # less memory for activations, a third more time
 ZERO_STAGE: Literal[0, 1, 2, 3] = 1  # DeepSpeed splits over the GPUs 1 optimizer states, 2 gradients too, 3 weights too
 LORA_RANK = 0  # of adapters that are trained instead of the weights; 0: no adapters. LoRA wants 10 times the LR
@@ -113,7 +113,7 @@ DS_CONFIG = {
 def group_advantages(rewards: list[float], batch_std: float | None = None) -> torch.Tensor:
     """(r - mean) / (std + 1e-4) of a group's rewards (G,), sample standard deviation; DeepSeekMath, section 4.1.2.
 
-    NaN, to which no reward function applies, counts for neither mean nor std, and has no advantage.
+    NaN means that no reward function applied: mean and std leave it out, and its advantage is 0.
     `batch_std` takes the place of the group's; with ADVANTAGE_SCALE "none" nothing divides (Dr. GRPO, 2503.20783).
     """
     rewards = torch.tensor(rewards, dtype=torch.float64)
@@ -156,17 +156,17 @@ def set_token_weights(groups: list[Group]) -> None:
     dapo, bnpo, cispo: 1 / (tokens of the step), the mean over all of them (DAPO, arXiv 2503.14476, eq. 12).
     """
     counted = [one for one in samples_of(groups) if one.ended or not MASK_TRUNCATED]
-    completion_count = PROMPTS_PER_STEP * GROUP_SIZE
+    completions = PROMPTS_PER_STEP * GROUP_SIZE
     tokens_in_step = distributed.reduce([sum(len(one.tokens) for one in counted)])[0]
     for one in counted:
-        divisors = {"grpo": len(one.tokens) * completion_count,
-                    "dr_grpo": MAX_COMPLETION_TOKENS * completion_count}
+        divisors = {"grpo": len(one.tokens) * completions,
+                    "dr_grpo": MAX_COMPLETION_TOKENS * completions}
         one.weight = 1 / divisors.get(LOSS_TYPE, tokens_in_step)  # eq. 3: 1/G, 1/length; the others: 1 / all tokens
 
 
 def GRPO_step(logps: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a micro-batch, without the update, from the policy's log-probs (C,) of its completion tokens; and
-    statistics (C,) to log. The first time the batch keeps these log-probs as `old_logps`.
+    """The loss of a micro-batch from the policy's log-probs (C,) of its completion tokens, and statistics (C,) to log.
+    The update is the loop's. The first call stores these log-probs in the micro-batch as `old_logps`.
 
     loss = sum of weight * (BETA * (exp(d) - d - 1) - surrogate), d = ref_logps - logps; DeepSeekMath, eq. 3 and 4.
     surrogate = min(ratio * A, clip(ratio) * A); ratio = exp(logps - old_logps), or its geometric mean over the
@@ -176,7 +176,7 @@ def GRPO_step(logps: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dic
     cispo: surrogate = clip(ratio) * A * logps, the ratio as a constant (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
     ENTROPY_BONUS adds -logps * ratio, these logps as a constant: in expectation its gradient is the entropy's.
 
-    A statistic is one line in the dict: metrics.jsonl has its mean over all tokens with a weight.
+    A statistic is one line in the dict: metrics.jsonl has its mean over the tokens that are trained on.
     """
     advantages, lens = batch.advantages, batch.completion_lens  # (C,), (B,)
     if batch.old_logps is None:
@@ -191,7 +191,8 @@ def GRPO_step(logps: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dic
         surrogate = clipped.detach() * advantages * logps
     sampler_ratio = (batch.old_logps - batch.sampler_logps).exp()
     surrogate = surrogate * sampler_ratio.clamp(max=IS_CAP)
-    ref_log_ratio = batch.ref_logps - logps if BETA else torch.zeros_like(logps)  # eq. 4: log-ratio
+    # not where the weight is 0: a filler has no reference, and exp might be infinite
+    ref_log_ratio = (batch.ref_logps - logps).where(batch.weights > 0, 0) if BETA else 0 * logps  # eq. 4: log-ratio
     kl = torch.expm1(ref_log_ratio) - ref_log_ratio  # eq. 4: KL
     objective = surrogate - BETA * kl - ENTROPY_BONUS * logps.detach() * ratio  # eq. 3: beta
     loss = -(objective * batch.weights).sum()  # eq. 3: sums
@@ -225,7 +226,7 @@ def main():
     check_rewards(rewards, tokenizer, train, heldout)
     checkpoint.rehearse(policy, OUTPUT_DIR)
     longest, rows = max(len(prompt.ids) for prompt in train), PROMPTS_PER_STEP * GROUP_SIZE // world
-    # MICRO_BATCH_TOKENS itself on a CPU
+    # on a CPU MICRO_BATCH_TOKENS itself
     budget = fitting_tokens(policy, MICRO_BATCH_TOKENS, longest, MAX_COMPLETION_TOKENS, rows, ZERO_STAGE)
     reference = Reference(REF_SERVER, TEMPERATURE, budget) if BETA else None
     if reference and not REF_SYNC_EVERY:
@@ -236,7 +237,7 @@ def main():
     if last:
         checkpoint.load(engine, OUTPUT_DIR, last)
     else:
-        log.write({"step": 0} | evaluate(sampler, heldout, rewards, tokenizer))
+        log.write({"step": 0} | evaluate(sampler, heldout, rewards, tokenizer, Metrics(1, STEPS)))
     if REF_SYNC_EVERY:
         reference.renew(policy, OUTPUT_DIR, f"{start_id}-{last}", alpha=0 if last else 1, patience=25)
     distributed.stop_at_signals()
@@ -244,7 +245,7 @@ def main():
     for step in range(last + 1, STEPS + 1):  # algorithm 1: M
         metrics = Metrics(step, STEPS)
 
-        # 1. This process's prompts. The step alone fixes them and their seeds, so resuming needs no data state.
+        # 1. This process's prompts. Step and SEED fix them and their seeds, so resuming needs no data state.
         numbers = range((step - 1) * PROMPTS_PER_STEP, step * PROMPTS_PER_STEP)[rank::world]
         prompts = [pick(train, number, SEED) for number in numbers]  # eq. 3: q ~ P(Q)
         seeds = [SEED << 32 | number for number in numbers]
@@ -256,7 +257,7 @@ def main():
             metrics.lap("sample")  # the time up to here
             score(finished, rewards, tokenizer, metrics)  # sets text, rewards, reward and outcome of the samples
             if reference:
-                reference.request(groups_to_train_on(finished))  # by other threads; awaited in 5
+                reference.request(groups_to_train_on(finished))  # in other threads; awaited in 5
             groups += finished
             metrics.lap("reward")
         groups.sort(key=lambda group: prompts.index(group.prompt))  # they finish in any order
@@ -288,7 +289,7 @@ def main():
         add_groups(metrics, groups, rewards)
         row = {"step": step, "lr": lr, "grad_norm": gradient_norm(engine)} | metrics.row()
         if EVAL_EVERY and (step % EVAL_EVERY == 0 or step == STEPS):
-            row |= evaluate(sampler, heldout, rewards, tokenizer)
+            row |= evaluate(sampler, heldout, rewards, tokenizer, Metrics(step + 1, STEPS))
         log.write(row, groups[0], rewards)
         if REF_SYNC_EVERY and step % REF_SYNC_EVERY == 0:  # algorithm 1: I
             reference.renew(policy, OUTPUT_DIR, f"{start_id}-{step}", REF_MIXUP_ALPHA)

@@ -10,11 +10,12 @@ rows one after the other, no padding), `prompt_lens` and `completion_lens` int32
 start several. It is not a text generator, and plain HTTP is not encrypted: use it inside a network that you trust.
 
 `PUT /weights/NAME?start=0&size=...` brings other weights, a safetensors file piece by piece, its bytes from `start` on.
-With the last one the server takes them over, between two answers; if that never arrives, the old weights stay. After a
-restart the server holds MODEL's again. A request for
-log-probs with `reference=NAME` is answered 409 unless the server has these weights ("" are those of MODEL).
+After the last piece the server switches to the new weights, between two answers; until then it keeps the old ones.
+After a restart it holds MODEL's again. A request for log-probs with `reference=NAME` is answered 409 unless the server
+has these weights ("" are those of MODEL); without it any weights will do.
 
-The log-probs are computed by `grpo.policy.token_logps`, as the trainer's. Its side of this is `grpo/reference.py`.
+The log-probs are computed by `grpo.policy.token_logps`, as the trainer's. The trainer's side of the exchange is
+`grpo/reference.py`.
 """
 import hmac
 import os
@@ -118,7 +119,7 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
         bottle.response.content_type = "application/octet-stream"
         return save({"logps": answer})
 
-    def answer_rows(body, temperature, reference):  # in one thread: a body is in memory when its turn has come
+    def answer_rows(body, temperature, reference):  # in one thread, which reads a body when its turn has come
         here, rows = served["reference"], read_rows(body.read(), **sizes)
         other = f"the reference here is {here or name}: restart the server, unless another run uses it"
         expect(reference in (None, here), other, 409)

@@ -66,9 +66,8 @@ def begun_thinking(prompt: str | list, prompt_text: str) -> str:
 def reward_correct(completions, answer, **columns) -> list[float]:
     """+1 where the completion's answer (see `extract_answer`) means the same as the column `answer`, otherwise -1."""
     found = map(extract_answer, with_thinking(completions, **columns))
-    pairs = zip(answer, found, strict=True)
-    right = [is_equal(gold_answer(gold), text) for gold, text in pairs]
-    return [1.0 if one else -1.0 for one in right]
+    pairs = zip(map(gold_answer, answer), found, strict=True)
+    return [1.0 if is_equal(gold, text) else -1.0 for gold, text in pairs]
 
 
 def check_answers(answer, rows=None, **columns) -> None:
@@ -76,11 +75,10 @@ def check_answers(answer, rows=None, **columns) -> None:
     get_ready()  # meanwhile, or the first step of the training would wait for the judge
     for row, value in zip(rows or itertools.count(1), answer):
         gold = gold_answer(value)
-        known = type(value) in (str, int, float)
-        if not known or gold.lower() in NO_ANSWER:
+        if type(value) not in (str, int, float) or gold.lower() in NO_ANSWER:
             raise ValueError(f"row {row}: the answer is {value!r:.50}, "
                              "expected text or a number")
-        if len(gold) > LONGEST_ANSWER or not is_equal(gold, gold):
+        if not is_equal(gold, gold):
             raise ValueError(f"row {row}: the answer {gold!r:.50} cannot be parsed "
                              f"or is over {LONGEST_ANSWER} letters")
 
@@ -117,13 +115,10 @@ def accuracy_reward(completions, solution, **columns) -> list[float | None]:
     None where the solution is not mathematics: Open R1 rewarded that once. It also swaps math-verify's two arguments,
     which changes the verdict on equations and inequalities.
     """
-    golds = [gold_answer(gold) for gold in solution]
-    values = []
-    for text, gold in zip(texts(completions), golds, strict=True):
-        found = last_latex(text.rpartition("</think>")[2])
-        values.append(float(is_equal(gold, found))
-                      if is_mathematics(gold) else None)
-    return values
+    found = [last_latex(text.rpartition("</think>")[2]) for text in texts(completions)]
+    pairs = zip(map(gold_answer, solution), found, strict=True)
+    return [float(is_equal(gold, text)) if is_mathematics(gold) else None
+            for gold, text in pairs]
 
 
 def check_solutions(solution, rows=None, **columns) -> None:

@@ -56,11 +56,13 @@ IMAGINED = {  # problems, and the limits of what is possible
 SHOWN = 200  # problems in evaluation.html; all are in evaluation.jsonl
 
 
-def evaluate(sampler, prompts: list[Prompt], rewards: list[Reward], tokenizer) -> dict[str, float]:
-    """Greedy completions of held-out prompts, shared by the processes: accuracy, rewards, length, share cut off."""
+def evaluate(sampler, prompts: list[Prompt], rewards: list[Reward], tokenizer, metrics: Metrics) -> dict[str, float]:
+    """Greedy completions of held-out prompts, shared by the processes: accuracy, rewards, length, share cut off.
+
+    `metrics` are those of the next step, and empty.
+    """
     if not prompts:
         return {}
-    metrics = Metrics()
     groups = sum(sampler(prompts[dist.get_rank() :: dist.get_world_size()], 1, 0.0), [])
     if groups:  # there may be fewer prompts than processes
         score(groups, rewards, tokenizer, metrics)

@@ -31,7 +31,8 @@ def log_total(logits, scale) -> torch.Tensor:
 
 
 def head_error(logits, total, place, inside, scale, cap, dtype) -> torch.Tensor:
-    """The gradient of the logits (C, tile) without the factors of `scale` and of the row: softmax - one-hot."""
+    """softmax - one-hot: the gradient of -log-prob by the logits (C, tile), without the factors of `scale` and of the
+    row. On a CPU the logits are overwritten."""
     if logits.is_cuda:
         return compiled(softmax_error)(logits, total, torch.where(inside, place[:, 0], -1), scale, cap, dtype)
     slope = 1 - (logits / cap).square() if cap else None

@@ -17,7 +17,7 @@ class Metrics:
     A sum or count may be a tensor on an accelerator: nothing waits for it before `reduced`.
     """
 
-    def __init__(self, step=1, steps=0):
+    def __init__(self, step=1, steps=1):
         self.step, self.steps = step, steps  # of the training
         self.totals, self.counts, self.logged = Counter(), Counter(), defaultdict(list)
         self.seconds = Counter(seconds_sample=0, seconds_reward=0, seconds_ref_wait=0, seconds_train=0)

@@ -189,15 +189,16 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     inputs = where.one_row() if packed else {"input_ids": rows}
     hidden = body_of(model)(**inputs, use_cache=False).last_hidden_state
     hidden = hidden[0] if packed else hidden[where.computed]  # (computed, H)
-    place, again = where.number[is_completion].unique(return_inverse=True)  # what rows share, once
+    nodes, of_each = where.number[is_completion].unique(return_inverse=True)  # tokens that rows share are there once
     # shift by one: position t predicts t + 1. Unlike an index, an embedding adds gradients up in a fixed order
-    hidden = functional.embedding(where.before[place], hidden)
-    return head_logps(model, hidden, where.tokens[place], temperature)[again]  # (C,)
+    hidden = functional.embedding(where.before[nodes], hidden)
+    return head_logps(model, hidden, where.tokens[nodes], temperature)[of_each]  # (C,)
 
 
 @torch.no_grad()
 def batched_logps(model, tokens, prompt_lens, completion_lens, temperature, budget):
-    """`token_logps` of any number of rows, `budget` tokens at a time, half of it when memory is short; on the CPU."""
+    """`token_logps` of any number of rows, as a tensor on the CPU: `budget` tokens at a time, half of it when memory is
+    short."""
     lens, logps = (prompt_lens + completion_lens).tolist(), [None] * len(prompt_lens)
     rows = tokens.split(lens)
     try:

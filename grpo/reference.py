@@ -26,7 +26,7 @@ from grpo.checkpoint import merged
 from grpo.constants import explained, require
 from grpo.metrics import Metrics
 from grpo.policy import token_logps
-from grpo.types import Answer, Group, MicroBatch, in_batches, pack, samples_of
+from grpo.types import Group, MicroBatch, PendingLogps, in_batches, pack, samples_of
 
 turn = itertools.count(int(os.environ.get("RANK", 0)))  # which server is next
 silent_until = {}  # servers that did not answer are left out for a while
@@ -51,10 +51,10 @@ class Reference:
         for samples in in_batches(samples_of(groups), self.tokens):
             answer = self.threads.submit(request_logps, self.servers, *pack(samples), self.temperature, self.weights)
             for row, sample in enumerate(samples):
-                sample.ref_logps = Answer(answer, row)
+                sample.ref_logps = PendingLogps(answer, row)
 
     def collect(self, batch: MicroBatch, metrics: Metrics) -> None:
-        """Waits for the batch's `ref_logps` (C,). Those of samples that were never asked for do not matter."""
+        """Waits for the batch's `ref_logps` (C,). A filler was never asked for; its weight is 0, so any numbers do."""
         if batch.ref_logps is None:
             metrics.lap("train")
             answers = [one.ref_logps.result() if one.ref_logps else one.sampler_logps for one in batch.samples]
@@ -140,16 +140,14 @@ def request_logps(servers: str, tokens, prompt_lens, completion_lens, temperatur
 
 def check_servers(servers: str, model, name: str, ids: list[int]) -> None:
     """`check_server` for each of them; one that does not answer is reported, and fatal if no other one does."""
-    absent = []
-    for url in servers.split(","):
+    urls, absent = servers.split(","), 0
+    for url in urls:
         try:
             check_server(url, model, name, ids)
         except NoAnswer as error:
-            absent.append(error)
-    if len(absent) == len(servers.split(",")):
-        raise absent[0]
-    for error in absent:
-        print(error, flush=True)
+            absent += 1
+            require(absent < len(urls), str(error))
+            print(error, flush=True)
 
 
 def health_of(url: str, patience: float) -> dict:

@@ -34,14 +34,10 @@ def reward_model(path: str, device=None, batch_size: int = 16):
         raise ValueError(f"the reward model {path} has {model.config.num_labels} labels: expected 1")
     set_padding(model, tokenizer)
 
-    def whole(prompt, completion) -> str:
-        if isinstance(completion, str):
-            return prompt + completion
-        return tokenizer.apply_chat_template(prompt + completion, tokenize=False)
-
     @torch.inference_mode()
     def reward(completions, prompts, **columns):
-        both = [whole(*pair) for pair in zip(prompts, completions, strict=True)]
+        both = [prompt + written for prompt, written in zip(prompts, completions, strict=True)]  # texts or messages
+        both = [one if isinstance(one, str) else tokenizer.apply_chat_template(one, tokenize=False) for one in both]
         values = []
         for start in range(0, len(both), batch_size):
             values += logits_of(model, tokenizer, both[start : start + batch_size]).tolist()

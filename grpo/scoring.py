@@ -137,17 +137,24 @@ def score(groups: list[Group], rewards: list[Reward], tokenizer, metrics: Metric
         completions=[[{"role": "assistant", "content": one.text}] if one.prompt.messages else one.text
                      for one in samples],
         completion_ids=[one.tokens.tolist() for one in samples],
-        trainer_state=TrainerState(global_step=metrics.step - 1, max_steps=metrics.steps),  # updates so far
+        trainer_state=TrainerState(global_step=metrics.step - 1, max_steps=metrics.steps),  # steps so far
         log_extra=log_extra, log_metric=metrics.log))
     for sample, numbers, all_steps in zip(samples, zip(*values), zip(*steps)):
         sample.rewards = list(numbers)
         parts = [(reward.weight * number, steps) for reward, number, steps in zip(rewards, numbers, all_steps)
-                 if reward.weight and not isnan(number)]
-        sample.reward = sum(part for part, _ in parts) if parts else nan
-        sample.outcome = sum(part for part, steps in parts if not steps) if parts else nan  # section 4.1.2: r
+                 if reward.weight]
+        sample.reward = total(part for part, _ in parts)
+        outcomes = [part for part, steps in parts if not steps]
+        sample.outcome = total(outcomes) if outcomes else 0.0  # section 4.1.2: r
         # section 4.1.3: r^index(j)
         sample.steps = [[(tokens_until(tokenizer, sample.tokens, end), value) for end, value in steps if reward.weight]
                         for reward, steps in zip(rewards, all_steps)]
+
+
+def total(values) -> float:
+    """The sum of all that are not NaN; NaN if there are none."""
+    known = [value for value in values if not isnan(value)]
+    return sum(known) if known else nan
 
 
 def compute_rewards(rewards: list[Reward], given: dict) -> tuple[list, list]:

@@ -18,7 +18,7 @@ class Prompt:
     number: int = 0  # the row's, from 1
 
 
-class Answer(NamedTuple):
+class PendingLogps(NamedTuple):
     """A sample's log-probs: a row of what a server will answer to a request."""
     rows: Future
     row: int
@@ -39,11 +39,11 @@ class Sample:
     rewards: list[float] = field(default_factory=list)  # by reward function; NaN: it does not apply
     steps: list[list] = field(default_factory=list)  # by reward function [(end_token, reward), ...], if it judges steps
     reward: float = 0.0  # the weighted sum of all reward functions; NaN: none applies
-    outcome: float = 0.0  # of the functions that do not judge steps, 0 without any; NaN: no function applies
+    outcome: float = 0.0  # of the functions that do not judge steps; 0 if all of them do; NaN: none applies
     extra: dict = field(default_factory=dict)  # what reward functions want in completions.jsonl
     advantages: torch.Tensor | None = None  # (T,)
     weight: float = 0.0  # of each token in the loss
-    ref_logps: Answer | None = None  # whose `result` is (T,) float32, from the reference server
+    ref_logps: PendingLogps | None = None  # whose `result` is (T,) float32, from the reference server
 
 
 @dataclass(eq=False)
@@ -87,8 +87,8 @@ def pack(samples: list[Sample]) -> list[torch.Tensor]:
 def split(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices of rows of these lengths in batches, rows x longest <= budget tokens, each with the longest row first.
 
-    The long rows are in the first batches; of rows less than twice as long, neighbours stay together, since those of a
-    group share their prompt. A row over the budget is a batch by itself.
+    The long rows are in the first batches. Rows whose lengths have equally many bits keep their order, so most of a
+    group stays together and shares its prompt. A row over the budget is a batch by itself.
     """
     batches, longest = [], 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index].bit_length()):

@@ -151,15 +151,20 @@ def judged(completions, answer, **columns):  # math-verify's time limits are sig
     asyncio.get_event_loop().run_until_complete(nothing())
     return [float(verify(parse(f"${gold}$"), parse(f"${text[-40:]}$"))) - 0.01 * len(parse(text))
             for text, gold in zip(completions, answer)]
+
+def done(completions, trainer_state, **columns):
+    return [trainer_state.global_step / trainer_state.max_steps] * len(completions)
 """
 
 
-def test_a_reward_that_wants_the_main_thread_has_the_same_values_in_training(launch, embedded, tmp_path):
+def test_a_reward_that_wants_the_main_thread_or_the_step_has_the_same_values_in_training(launch, embedded, tmp_path):
     (tmp_path / "wanting.py").write_text(MAIN_THREAD)
     code, text = launch(
-        "grpo_train.py", *data(embedded), f"OUTPUT_DIR={tmp_path}/run", "REWARDS=wanting:judged", "BETA=0", "STEPS=1",
-        "EVAL_EVERY=1", "SAVE_EVERY=0", "PROMPTS_PER_STEP=2", env={"PYTHONPATH": str(tmp_path)}).wait()
+        "grpo_train.py", *data(embedded), f"OUTPUT_DIR={tmp_path}/run", "REWARDS=wanting:judged,0*wanting:done", "BETA=0",
+        "STEPS=1", "EVAL_EVERY=1", "SAVE_EVERY=0", "PROMPTS_PER_STEP=2", env={"PYTHONPATH": str(tmp_path)}).wait()
     assert code == 0, text
+    before, after = rows(tmp_path / "run/metrics.jsonl")
+    assert [before["eval_reward/done"], after["reward/done"], after["eval_reward/done"]] == [0, 0, 1]
     code = (f"import json, sys; sys.path.insert(0, {str(tmp_path)!r}); from wanting import judged\n"
             f"rows = [json.loads(line) for line in open('{tmp_path}/run/completions.jsonl')]\n"
             f"answers = {{r['question']: r['answer'] for r in map(json.loads, open('{embedded}/train.jsonl'))}}\n"

@@ -77,8 +77,8 @@ def test_kl_is_zero_and_the_ratio_one_before_the_first_update():
 
 
 def test_a_filler_of_weight_zero_adds_nothing(alone):
-    leaf = torch.tensor([-0.5, -1.5], requires_grad=True)
-    batch = replace(make_batch([2], [2.0], 1, [-3.0, -3.0]), weights=torch.zeros(2))
+    leaf = torch.tensor([-0.5, -150.0], requires_grad=True)  # exp of 150 is infinite in float32
+    batch = replace(make_batch([2], [2.0], 1, [0.0, 0.0]), weights=torch.zeros(2))
     loss, found = GRPO_step(leaf, batch)
     loss.backward()
     assert not leaf.grad.any() and not loss
@@ -318,6 +318,19 @@ def test_what_a_function_without_weight_says_of_steps_is_no_signal(tiny):
         score([group], rewards, tokenizer, Metrics())
         set_advantages([group], rewards)
         assert group.has_signal() == (weight > 0) == any(sample.advantages.any() for sample in group.samples)
+
+
+def test_an_outcome_that_no_function_judged_is_no_part_of_the_group_even_if_steps_were(tiny):
+    prompt, (_, tokenizer) = Prompt([1]), tiny
+    ids = torch.tensor(tokenizer("1+1=3").input_ids)
+    group = Group(prompt, [Sample(prompt, ids, torch.zeros(len(ids)), False) for _ in range(3)])
+    rewards = [Reward(lambda completions, **columns: [1.0, None, 3.0], 1.0, "outcomes"),
+               Reward(lambda completions, **columns: [[(5, 0.5)]] * 3, 1.0, "steps")]
+    score([group], rewards, tokenizer, Metrics())
+    set_advantages([group], rewards)
+    assert [sample.reward for sample in group.samples] == [1.5, 0.5, 3.5]
+    expected = [-1 / (math.sqrt(2) + 1e-4), 0.0, 1 / (math.sqrt(2) + 1e-4)]
+    assert [sample.advantages[0].item() for sample in group.samples] == pytest.approx(expected)
 
 
 def test_a_mean_is_over_what_was_counted_and_without_a_count_it_is_a_sum(alone):

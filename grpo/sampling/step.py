@@ -1,4 +1,4 @@
-"""A decode step: the next logits of all sequences, as a function of tensors of fixed shapes.
+"""A decode step: the next logits of all sequences, as a function of tensors.
 
 Python between two tokens costs more than the tokens. So a CPU records the step once, by TorchScript; a GPU, which
 launches hundreds of small kernels for it, by a CUDA graph, see `graph.py`.

@@ -13,8 +13,8 @@ from grpo.attention import layout
 from grpo.sampling.step import masks, next_logits, windows
 from grpo.types import Group, Prompt, Sample
 
-BLOCK = 64  # tokens from one look for finished groups to the next
-ROOM = 256  # tokens that a recorded step has room for: recording takes as long as a dozen of its repetitions
+BLOCK = 64  # tokens from one look for finished groups to the next, and the cache's first room; later rooms double it
+ROOM = 256  # the first room of a recorded step: recording takes as long as a dozen of its repetitions
 LOOK_EVERY = 8  # on an accelerator, tokens between two looks for ended sequences: a look makes Python wait for it
 
 
@@ -59,8 +59,9 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
     """Yields lists of finished groups, perhaps empty; uniforms (B, max_tokens) in [0, 1), B = prompts x group_size.
 
     At temperature 0 it is greedy and needs none. No sample ends, with one of the `stop` ids, before `min_tokens`.
-    A step has fixed shapes and reads no value, so that `record` can make a CUDA graph of it, see `graph.py`: until the
-    room in the cache is full, or too many sequences have ended. Then these leave, and the others get more room.
+    A step reads no value. With `record` its shapes are fixed too, so that it can become a CUDA graph, see `graph.py`;
+    without, it sees one more token of the cache each time. When the room in the cache is full, or too many sequences
+    have ended, these leave, and the others get more room.
     """
     device, waits = model.device, record or model.device.type != "cpu"  # Python for the device, when it reads a value
     logits, mask, position, states = prefill(model, prompts, max_tokens)
@@ -69,7 +70,7 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
     rows = torch.arange(len(prompts) * group_size, device=device)  # the sequences that are in the batch
     uniforms = uniforms.to(device) if temperature else None
 
-    def next_token():  # of the rows; place, room, uniform, tokens, ... are those of the loop below
+    def next_token():  # of each row; start, room, place, uniform, tokens, logps, mask, ... are those of the loop below
         scores = logits.float() / (temperature or 1)
         scores[:, written.stop] -= 1e30 * (start + place < min_tokens - 1)
         token, logp = draw(scores, uniform.index_select(1, place)[:, 0] if temperature else None)  # eq. 3: o ~ pi_old
@@ -82,7 +83,8 @@ def decode(model, prompts, group_size, max_tokens, stop, temperature, min_tokens
                                      *(state[:, :, :end] for state in states)))
         place.add_(1)
 
-    count, places = 0, rows // group_size  # tokens of each so far, and where among those before each of the rows is
+    # tokens of each so far, and where to find each row: at first the prompts, then the batch before
+    count, places = 0, rows // group_size
     while len(rows) and count < max_tokens:
         start, room, live = count, min(max(ROOM if record else BLOCK, count), max_tokens - count), rows
         logits, mask, position = (tensor[places] for tensor in (logits, mask, position))
