@@ -157,11 +157,11 @@ def set_token_weights(groups: list[Group]) -> None:
     """
     counted = [one for one in samples_of(groups) if one.ended or not MASK_TRUNCATED]
     completions = PROMPTS_PER_STEP * GROUP_SIZE
-    tokens_in_step = distributed.reduce([sum(len(one.tokens) for one in counted)])[0]
+    all_tokens = distributed.reduce([sum(len(one.tokens) for one in counted)])[0]
     for one in counted:
         divisors = {"grpo": len(one.tokens) * completions,
                     "dr_grpo": MAX_COMPLETION_TOKENS * completions}
-        one.weight = 1 / divisors.get(LOSS_TYPE, tokens_in_step)  # eq. 3: 1/G, 1/length; the others: 1 / all tokens
+        one.weight = 1 / divisors.get(LOSS_TYPE, all_tokens)  # eq. 3: 1/G, 1/length; the others: 1 / all tokens
 
 
 def GRPO_step(logps: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -215,17 +215,17 @@ def main():
     require(PROMPTS_PER_STEP % world == 0, f"{PROMPTS_PER_STEP=}: cannot be shared equally by {world} processes")
     require(BETA or not REF_SYNC_EVERY, f"{REF_SYNC_EVERY=}: with BETA=0 there is no reference")
     require(MIN_COMPLETION_TOKENS <= MAX_COMPLETION_TOKENS, f"{MIN_COMPLETION_TOKENS=} is over the maximum")
-    last, start_id = checkpoint.begin(OUTPUT_DIR, constants_of(__name__) | {"PROCESSES": world}, RESUME)
+    last, start = checkpoint.begin(OUTPUT_DIR, constants_of(__name__) | {"PROCESSES": world}, RESUME)
     # policy.module is trained, policy.model samples: two sets of modules with the same parameters
     policy = Policy(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE, TEMPERATURE, LORA_RANK, SEED,
                     GRADIENT_CHECKPOINTING, TRUST_REMOTE_CODE)
     tokenizer, rewards = policy.tokenizer, load_rewards(REWARDS)
-    settings = tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN
+    settings = tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN, policy.vocab_size
     train = load_prompts(DATASET, *settings)
     heldout = load_prompts(EVAL_DATASET, *settings) if EVAL_EVERY and EVAL_DATASET else []
     check_rewards(rewards, tokenizer, train, heldout)
-    checkpoint.rehearse(policy, OUTPUT_DIR)
-    longest, rows = max(len(prompt.ids) for prompt in train), PROMPTS_PER_STEP * GROUP_SIZE // world
+    checkpoint.rehearse(policy, OUTPUT_DIR, REF_SYNC_EVERY)
+    longest, rows = max(len(one.ids) for one in train), PROMPTS_PER_STEP * GROUP_SIZE // world
     # on a CPU MICRO_BATCH_TOKENS itself
     budget = fitting_tokens(policy, MICRO_BATCH_TOKENS, longest, MAX_COMPLETION_TOKENS, rows, ZERO_STAGE)
     reference = Reference(REF_SERVER, TEMPERATURE, budget) if BETA else None
@@ -239,7 +239,7 @@ def main():
     else:
         log.write({"step": 0} | evaluate(sampler, heldout, rewards, tokenizer, Metrics(1, STEPS)))
     if REF_SYNC_EVERY:
-        reference.renew(policy, OUTPUT_DIR, f"{start_id}-{last}", alpha=0 if last else 1, patience=25)
+        reference.renew(policy, OUTPUT_DIR, f"{start}-{last}", alpha=0 if last else 1, patience=25)
     distributed.stop_at_signals()
 
     for step in range(last + 1, STEPS + 1):  # algorithm 1: M
@@ -277,10 +277,10 @@ def main():
                 logps = engine(batch.tokens, batch.prompt_lens, batch.completion_lens)  # (C,), TokenLogps.forward
                 if reference:
                     reference.collect(batch, metrics)  # the server has been at work meanwhile
-                loss, statistics = GRPO_step(logps, batch)
+                loss, stats = GRPO_step(logps, batch)
                 engine.backward(loss * world)  # eq. 3: gradient; DeepSpeed averages over processes
                 metrics.add("loss", loss / UPDATES_PER_BATCH)
-                metrics.add_tokens(statistics, batch.weights > 0)
+                metrics.add_tokens(stats, batch.weights > 0)
             engine.step()
             metrics.add("skipped_updates", (not was_applied(engine)) / world)
         metrics.lap("train", wait=True)
@@ -292,7 +292,7 @@ def main():
             row |= evaluate(sampler, heldout, rewards, tokenizer, Metrics(step + 1, STEPS))
         log.write(row, groups[0], rewards)
         if REF_SYNC_EVERY and step % REF_SYNC_EVERY == 0:  # algorithm 1: I
-            reference.renew(policy, OUTPUT_DIR, f"{start_id}-{step}", REF_MIXUP_ALPHA)
+            reference.renew(policy, OUTPUT_DIR, f"{start}-{step}", REF_MIXUP_ALPHA)
         stop = any(distributed.of_all(distributed.stopping.is_set()))
         if stop or SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
             checkpoint.save(engine, policy, OUTPUT_DIR, step, KEEP_CHECKPOINTS)

@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 
 from grpo.constants import Over, explained, override_constants
-from grpo.policy import batched_logps, load_model
+from grpo.policy import batched_logps, load_model, max_tokens_of
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name: the model that the policy starts from
 DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either of them by name, as the trainer's
@@ -84,7 +84,7 @@ def read_rows(body: bytes, vocab_size: int, max_length: int) -> list[torch.Tenso
 def make_app(model, name: str, token: str = "") -> bottle.Bottle:
     """The WSGI application that serves `model`, called `name`, to clients that know `token`."""
     app, worker, config = bottle.Bottle(), ThreadPoolExecutor(1), model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", sys.maxsize)
+    longest = max_tokens_of(model)
     sizes = {"vocab_size": config.vocab_size, "max_length": longest}
     places, served = threading.BoundedSemaphore(PLACES), {"reference": ""}
     app.default_error_handler = lambda error: error.body

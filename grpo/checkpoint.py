@@ -106,8 +106,11 @@ def lock(path: Path) -> None:
     os.truncate(file, os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0))
 
 
-def rehearse(policy, folder: str) -> None:
-    """SystemExit for what would make the first save fail: files that transformers refuses to write, a full disk."""
+def rehearse(policy, folder: str, renews=0) -> None:
+    """SystemExit for what would make the first save fail: files that transformers refuses to write, a full disk.
+
+    If the run `renews` the reference, its weights are there three times: in use, being written, and in a checkpoint.
+    """
     if dist.get_rank() > 0:
         return
     model = policy.model
@@ -116,7 +119,9 @@ def rehearse(policy, folder: str) -> None:
         model.config.save_pretrained(trial)
         model.generation_config.save_pretrained(trial)
         save_tokenizer(policy, trial)
-    needed = sum(one.nbytes + one.requires_grad * (one.nbytes + 12 * one.numel()) for one in model.parameters())
+    # weights are in the model and in DeepSpeed's state, where ZeRO 2 writes frozen ones twice
+    needed = sum(one.nbytes * (2 if one.requires_grad else 3) + 12 * one.numel() * (one.requires_grad + bool(renews))
+                 for one in model.parameters())
     free = shutil.disk_usage(folder).free
     require(free > needed, f"OUTPUT_DIR={folder} has room for {free / 1e9:.1f} GB, a checkpoint takes up to "
                            f"{needed / 1e9:.1f} GB: choose another disk, or LORA_RANK")

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import sys
 from functools import lru_cache
 
 from jinja2 import TemplateError
@@ -11,7 +12,8 @@ from grpo.constants import explained, require
 from grpo.types import Prompt
 
 
-def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, question="question") -> list[Prompt]:
+def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, question="question",
+                 vocab_size: int = sys.maxsize) -> list[Prompt]:
     """The rows of a data set, see `read`, as prompts. Those over `max_tokens` are left out and counted.
 
     A row has the column `question`, put behind the system prompt in the chat template, or `prompt`: a string, used as
@@ -29,6 +31,9 @@ def load_prompts(name: str, tokenizer, system_prompt: str, max_tokens: int, ques
             if row.keys() != set(names):
                 raise ValueError(f"the columns are {list(row)}, the first row's are {names}")
             prompts.append(to_prompt(row, number, tokenizer, system_prompt, question))
+            if (last := max(prompts[-1].ids)) >= vocab_size:  # as Gemma 3's token for images
+                raise ValueError(f"the prompt has {tokenizer.decode(last)!r}, which the embedding has no row for: save "
+                                 "the model after model.resize_token_embeddings(len(tokenizer))")
         except (ValueError, TypeError) as error:
             raise SystemExit(f"row {number} of the data set {name}: {error}") from error
     short = [prompt for prompt in prompts if len(prompt.ids) <= max_tokens]

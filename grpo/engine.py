@@ -31,7 +31,7 @@ def spread_masters(engine) -> None:
 
     They start as weights in bfloat16, so a step changes none of these until it adds up to half the distance to the next
     one, 0.2 % of a weight: the first dozens of steps of GRPO, whose LR is small, would be lost. From random places, a
-    step takes as many weights over the edge as it would move the mean by.
+    step of a tenth of that distance takes a tenth of the weights over the edge, and on average nothing is lost.
     """
     masters = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
     masters = masters or [one for group in engine.basic_optimizer.param_groups for one in group["params"]]

@@ -50,7 +50,7 @@ VLLM_MEMORY = 0.4
 MEASURES = "accuracy", "format", "reward", "tokens", "cut_off"
 IMAGINED = {  # problems, and the limits of what is possible
     "rate": ([0, 0, 1, 1], 0, 1),
-    "difference": ([0.5**0.5, -(0.5**0.5)], -1, 1),  # two that count and weigh as the four halves
+    "difference": ([0.5**0.5, -(0.5**0.5)], -1, 1),  # as many as the four halves, with their sum and sum of squares
     "mean": ([], -inf, inf),
 }
 SHOWN = 200  # problems in evaluation.html; all are in evaluation.jsonl
@@ -109,7 +109,8 @@ def complete_all(name: str, rewards: list[Reward]) -> dict[int, list[dict]]:
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     policy = Policy(name, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE, trust_remote_code=TRUST_REMOTE_CODE)
-    prompts = load_prompts(EVAL_DATASET, policy.tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN)
+    prompts = load_prompts(EVAL_DATASET, policy.tokenizer, SYSTEM_PROMPT, MAX_PROMPT_TOKENS, QUESTION_COLUMN,
+                           policy.vocab_size)
     check_rewards(rewards, policy.tokenizer, prompts)
     sampler = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
     size = -(-len(prompts) // world) if SAMPLER == "vllm" else max(1, MAX_SEQUENCES // EVAL_SAMPLES)

@@ -34,13 +34,13 @@ def fitting_tokens(policy, budget: int, prompt_tokens: int, completion_tokens: i
 def fits(policy, count: int, length: int, prompt_length: int, zero_stage: int) -> bool:
     """Whether a forward and a backward pass of `count` rows fit beside what DeepSpeed will hold.
 
-    That is 12 bytes of AdamW's states for each parameter, split over processes from ZeRO 1 on, and below ZeRO 2 whole
-    gradients.
+    That is 12 bytes of AdamW's states for each parameter, split over processes from ZeRO 1 on, and gradients, split
+    from ZeRO 2 on.
     """
     model = policy.module.train().model
     trained = [one for one in model.parameters() if one.requires_grad]
     states = 12 * sum(one.numel() for one in trained) // (dist.get_world_size() if zero_stage else 1)
-    gradients = sum(one.nbytes for one in trained) if zero_stage < 2 else 0
+    gradients = sum(one.nbytes for one in trained) // (dist.get_world_size() if zero_stage > 1 else 1)
     hooks = [one.register_post_accumulate_grad_hook(drop_gradient) for one in trained]
     tokens = torch.randint(model.config.get_text_config().vocab_size, (count * length,),
                            generator=torch.Generator().manual_seed(0))
@@ -53,6 +53,8 @@ def fits(policy, count: int, length: int, prompt_length: int, zero_stage: int) -
         return False
     finally:
         policy.module.eval()
+        if model.device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats()  # `peak_memory_mb` is the training's
         for hook in hooks:
             hook.remove()
 

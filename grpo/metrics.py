@@ -24,7 +24,7 @@ class Metrics:
         self.start = self.now = time.perf_counter()
 
     def add(self, name: str, total, count=None) -> None:
-        """`reduced` gives the mean, all totals over all counts; without a count it gives the sum of the totals."""
+        """`reduced` gives the sum of all totals, divided by the sum of all counts where there are any."""
         self.totals[name] += torch.as_tensor(total, dtype=torch.float64).detach()
         if count is not None:
             self.counts[name] += count

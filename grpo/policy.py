@@ -5,6 +5,8 @@ update.
 """
 import copy
 import os
+import re
+import sys
 
 import torch
 from torch.nn import functional
@@ -37,6 +39,7 @@ class Policy:
         require(temperature > 0, f"TEMPERATURE={temperature}: sampling needs a positive one")
         trained, self.tokenizer = load_model(path, max_length, dtype, trust_remote_code)
         self.path, self.max_length, self.trust_remote_code = path, max_length, trust_remote_code
+        self.vocab_size = trained.get_input_embeddings().weight.shape[0]
         self.stop_ids = stop_ids(trained, self.tokenizer)
         whole = add_adapters(trained, lora_rank, seed) if lora_rank else trained
         if gradient_checkpointing:
@@ -83,9 +86,17 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
     trust = {"trust_remote_code": trust_remote_code}
     hint = " (TRUST_REMOTE_CODE=True runs a model's own code; the embedded model: python examples/arithmetic.py)"
     with explained(f"cannot load MODEL={path}", hint=hint):  # broken files may raise anything
-        has_vision = "ConditionalGeneration" in str(AutoConfig.from_pretrained(path, **trust).architectures)
+        config = AutoConfig.from_pretrained(path, **trust)
+        text = config.get_text_config()
+        for part in config, text:  # the policy that samples has no dropout, nor has the reference
+            noise = {name: 0.0 for name, value in vars(part).items()
+                     if re.search("drop|jitter", name) and isinstance(value, float)}
+            part.update(noise)
+        if getattr(text, "attn_logit_softcapping", None):
+            config._attn_implementation = "eager"  # SDPA would leave Gemma 2's cap out without a word
+        has_vision = "ConditionalGeneration" in str(config.architectures)
         kind = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
-        model = from_pretrained(kind, path, dtype=dtype_called(dtype), **trust).to(device).eval()
+        model = from_pretrained(kind, path, config=config, dtype=dtype_called(dtype), **trust).to(device).eval()
         if os.path.exists(f"{path}/generation_config.json"):
             type(model.generation_config).from_pretrained(path)  # without one that is broken transformers just goes on
         if has_vision:  # what sees is never used here
@@ -99,14 +110,16 @@ def load_model(path: str, tokens: int = 0, dtype: str = "auto", trust_remote_cod
         tokenizer = AutoTokenizer.from_pretrained(path, **trust)
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     repair(model)
-    config, rows = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
-    longest = getattr(config, "max_position_embeddings", tokens)
+    check_logps(model, path)
+    rows, longest = model.get_input_embeddings().weight.shape[0], max_tokens_of(model)
     require(tokens <= longest, f"MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS = {tokens} is over the {longest} tokens of "
                                f"MODEL={path}")
     require(tokenizer.decode(tokenizer("1 a").input_ids, skip_special_tokens=True),
             f"MODEL={path}: its tokenizer knows neither letters nor digits: is tokenizer.json missing?")
-    require(len(tokenizer) <= rows, f"MODEL={path}: the tokenizer has {len(tokenizer)} ids, the embedding only {rows}: "
-                                    "save the model after model.resize_token_embeddings(len(tokenizer))")
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    known = all(number < rows for number in tokenizer.get_vocab().values() if number not in special)  # Gemma 3's image
+    require(known, f"MODEL={path}: the tokenizer has {len(tokenizer)} ids, the embedding only {rows}: "
+                   "save the model after model.resize_token_embeddings(len(tokenizer))")
     return model, tokenizer
 
 
@@ -130,6 +143,15 @@ def repair(model) -> None:
               f"{str(error).splitlines()[0]}", flush=True)
         model.generation_config.do_sample = True  # most often it holds a temperature, but says that it is greedy
     model.config.get_text_config().output_router_logits = False  # for a loss that is not computed here
+
+
+def max_tokens_of(model) -> int:
+    """How many tokens a row may have."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # a longer row changes the frequencies of all rows, but not the cache
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", sys.maxsize)
 
 
 def body_of(model):
@@ -193,6 +215,18 @@ def token_logps(model, tokens, prompt_lens, completion_lens, temperature=1.0):
     # shift by one: position t predicts t + 1. Unlike an index, an embedding adds gradients up in a fixed order
     hidden = functional.embedding(where.before[nodes], hidden)
     return head_logps(model, hidden, where.tokens[nodes], temperature)[of_each]  # (C,)
+
+
+@torch.no_grad()
+def check_logps(model, path: str) -> None:
+    """SystemExit if `token_logps` is not what the model's own logits say, because it scales or caps them in a way that
+    `head_logps` does not know."""
+    ids = torch.arange(8, device=model.device)
+    expected = model(ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    error = (token_logps(model, ids, ids[1:2], 7 * ids[1:2]) - expected).abs().mean()
+    # bfloat16 rounds by less
+    require(error < 0.02 * expected.abs().mean(), f"MODEL={path}: {type(model).__name__} computes its logits in a way "
+                                                  f"of its own (log-probs differ by {error:.1f}): it cannot be trained")
 
 
 @torch.no_grad()

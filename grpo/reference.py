@@ -65,7 +65,8 @@ class Reference:
         """Brings the next reference, called `name`, to the servers; by all processes together.
 
         It is alpha * policy + (1 - alpha) * the one before, or with an `alpha` of 0 what the folder holds. SystemExit
-        if a server does not take it.
+        if a server does not take it, or is silent for `patience` seconds; one of several may be silent, and gets it
+        when it is back.
         """
         dist.barrier()  # every process has its answers of the reference before
         self.weights = Weights(name, Path(folder) / "reference.safetensors")
@@ -73,7 +74,8 @@ class Reference:
             if dist.get_rank() == 0 and alpha:
                 write_reference(self.weights.file, merged(policy.model), alpha)
         if dist.get_rank() == 0:
-            send(self.servers, self.weights, patience)
+            patience = min(patience, 25) if "," in self.servers else patience
+            visit(self.servers, lambda url: send(url, self.weights, patience))
         dist.barrier()
 
 
@@ -139,11 +141,16 @@ def request_logps(servers: str, tokens, prompt_lens, completion_lens, temperatur
 
 
 def check_servers(servers: str, model, name: str, ids: list[int]) -> None:
-    """`check_server` for each of them; one that does not answer is reported, and fatal if no other one does."""
+    """`check_server` for each of them; see `visit`."""
+    visit(servers, lambda url: check_server(url, model, name, ids))
+
+
+def visit(servers: str, task) -> None:
+    """`task(url)` for each of the servers; one that does not answer is reported, and fatal if no other one does."""
     urls, absent = servers.split(","), 0
     for url in urls:
         try:
-            check_server(url, model, name, ids)
+            task(url)
         except NoAnswer as error:
             absent += 1
             require(absent < len(urls), str(error))
@@ -194,19 +201,20 @@ def write_reference(file: Path, model, alpha: float) -> None:
         os.replace(file.with_suffix(".unfinished"), file)
 
 
-def send(servers: str, weights: Weights, patience=300.0, bytes_at_once: int = 2**20) -> None:
-    """Brings the weights to every one of the servers. SystemExit if one does not take them, or does not answer for
-    `patience` seconds."""
-    for url in servers.split(","):
-        with sending, open(weights.file, "rb") as file:
-            size, start, restarts = os.fstat(file.fileno()).st_size, 0, 0
-            there = health_of(url, patience)["reference"]
-            while there != weights.name and start < size:
-                file.seek(start)
-                piece = file.read(bytes_at_once)
-                answer = ask("PUT", url, f"/weights/{weights.name}?{urlencode({'start': start, 'size': size})}",
-                             patience, 409, piece)
-                start += len(piece)
-                if answer.status_code == 409:  # the server was killed meanwhile and does not have the beginning
-                    start, restarts = 0, restarts + 1
-                require(restarts <= 10, f"{url} does not take the reference {weights.name}: {said(answer)}")
+def send(url: str, weights: Weights, patience=300.0, bytes_at_once: int = 2**20) -> None:
+    """Brings the weights to a server. SystemExit if it does not take them, or does not answer for `patience` seconds
+    at first."""
+    with sending, open(weights.file, "rb") as file:
+        size, start, restarts = os.fstat(file.fileno()).st_size, 0, 0
+        there = health_of(url, patience)["reference"]
+        while there != weights.name and start < size:
+            file.seek(start)
+            piece = file.read(bytes_at_once)
+            answer = ask("PUT", url, f"/weights/{weights.name}?{urlencode({'start': start, 'size': size})}",
+                         300, 409, piece)  # seconds; the last piece waits for requests before it, and for the switch
+            start += len(piece)
+            if answer.status_code == 409:  # it was killed meanwhile, or another process sends the same
+                start, restarts = 0, restarts + 1
+            else:
+                there = answer.json()["reference"]
+            require(restarts <= 10, f"{url} does not take the reference {weights.name}: {said(answer)}")

@@ -51,10 +51,10 @@ class Log:
         if not group:
             return
         for sample in group.samples:
-            append(f"{self.folder}/completions.jsonl", {
-                "step": row["step"], "prompt": group.prompt.text, "completion": sample.text,
-                "advantage": sample.advantages.mean().item(), **sample.extra,
-                **{reward.name: value for reward, value in zip(rewards, sample.rewards)}})
+            known = {"step": row["step"], "prompt": group.prompt.text, "completion": sample.text,
+                     "advantage": sample.advantages.mean().item()}
+            values = {reward.name: value for reward, value in zip(rewards, sample.rewards)}
+            append(f"{self.folder}/completions.jsonl", known | sample.extra | values | known)  # our names win
         shown = "reward {reward:.2f}, accuracy {accuracy:.0%}, {completion_tokens_mean:.0f} tokens, KL {kl:.1e}"
         skipped = ", UPDATE SKIPPED: not finite" if row["skipped_updates"] else ""
         self.progress.set_postfix_str(shown.format_map(row) + skipped, refresh=False)
@@ -108,7 +108,7 @@ def show(folder: str, *others: str) -> None:
 
 
 def draw(runs: dict[str, list[dict]], path) -> None:
-    """The curves of runs by what the legend calls them; those of a run that it calls nothing are not dashed."""
+    """The curves of runs, by what the legend puts behind their names; where that is nothing they are not dashed."""
     from matplotlib.figure import Figure  # here, because it takes half a second of every process's start
 
     figure = Figure(figsize=(10, 6), layout="constrained")

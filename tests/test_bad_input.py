@@ -1,4 +1,5 @@
 """Whatever a user writes ends in a right result or in one sentence: the input, and what the sentence says."""
+import copy
 import gzip
 import json
 import os
@@ -14,6 +15,7 @@ from conftest import ROOT, rows
 from safetensors.torch import load_file, save_file
 
 from grpo.data import load_prompts
+from grpo.policy import Policy
 from grpo.scoring import check_rewards, load_rewards
 
 MINE = '''
@@ -35,6 +37,7 @@ class Callable:
 
 of_trl = lambda completions, trainer_state, log_metric, log_extra, **columns: (
     log_metric("updates", trainer_state.global_step) or log_extra("letters", list(map(len, completions)))
+    or log_extra("step", ["x"] * len(completions))
     or [float(trainer_state.max_steps)] * len(completions))
 
 class Options:
@@ -305,6 +308,8 @@ def test_an_odd_value_is_right(run, tmp_path, argument):
     if ACCEPTED[argument] is not None:
         last = rows(tmp_path / "run/metrics.jsonl")[-1]
         assert ACCEPTED[argument].items() <= last.items()
+        steps = {row["step"] for row in rows(tmp_path / "run/completions.jsonl")}
+        assert steps == set(range(1, last["step"] + 1))  # whatever a reward function calls its own
 
 
 def test_too_high_a_learning_rate_ends_the_run_with_that_cause(run, tmp_path):
@@ -436,6 +441,20 @@ def test_a_bad_row_is_named(tiny, tmp_path, row):
     path.write_text(f"{first}\n\n{row}\n")
     with pytest.raises(SystemExit, match=ROWS[row]):
         load_prompts(str(path), tiny[1], "Think.", 99)
+
+
+def test_a_prompt_with_a_token_that_the_embedding_lacks_is_named(tiny, tiny_folder, tmp_path):
+    tiny[0].save_pretrained(tmp_path / "model")
+    tokenizer = copy.deepcopy(tiny[1])
+    rows = tiny[0].get_input_embeddings().num_embeddings
+    tokenizer.add_tokens([f"<{n}>" for n in range(rows + 1 - len(tokenizer))], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    policy = Policy(str(tmp_path / "model"), 50)  # as Gemma 3's tokenizer, which has a token for images
+    assert len(policy.tokenizer) == policy.vocab_size + 1
+    last = policy.tokenizer.decode(rows)
+    (tmp_path / "data.jsonl").write_text(f'{{"question": "1"}}\n{{"question": "1 {last}"}}\n')
+    with pytest.raises(SystemExit, match=f"row 2 .* the prompt has '{last}', which the embedding has no row for"):
+        load_prompts(f"{tmp_path}/data.jsonl", policy.tokenizer, "", 99, vocab_size=policy.vocab_size)
 
 
 @pytest.mark.parametrize("answer", [

@@ -1,4 +1,4 @@
-"""What `generate` can run, this project can sample, score and train: twenty families of models, small and random.
+"""What `generate` can run, this project can sample, score and train: families of models, small and random.
 
     python tests/test_families.py       # prints the table of docs/models.md
 """
@@ -37,6 +37,8 @@ FAMILIES = {  # family: class in transformers, what its configuration has beside
                                      "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}),
     "Mistral": ("Mistral", {"sliding_window": 8}),
     "Mixtral": ("Mixtral", EXPERTS),
+    "Gemma 2": ("Gemma2", {"head_dim": 8, "sliding_window": 4, "attn_logit_softcapping": 0.5,
+                           "final_logit_softcapping": 2.0}),
     "Gemma 3": ("Gemma3", {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
     "Phi-3": ("Phi3", {}),
     "OLMoE": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
@@ -47,7 +49,7 @@ FAMILIES = {  # family: class in transformers, what its configuration has beside
     "gpt-oss": ("GptOss", EXPERTS | {"head_dim": 8, "sliding_window": 8}),
     "LFM2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
     "Mamba 2": ("Mamba2", dict(num_heads=4, head_dim=16, state_size=8, n_groups=1, expand=2, chunk_size=8)),
-    "Falcon-H1": ("FalconH1", MAMBA | {"mamba_d_ssm": 64}),
+    "Falcon-H1": ("FalconH1", MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.3}),
     "Granite hybrid": ("GraniteMoeHybrid", MAMBA | EXPERTS | {
         "layer_types": ["mamba", "attention"], "shared_intermediate_size": 32}),
     "GLM": ("Glm4", {"head_dim": 8}),
@@ -142,7 +144,40 @@ def check_family(family: str, folder, **options) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_sampled_scored_and_trained_as_transformers_does(alone, family, tmp_path):
-    check_family(family, tmp_path)
+    way = check_family(family, tmp_path)
+    assert row_of(family, way) in (ROOT / "docs/models.md").read_text()
+
+
+def row_of(family: str, way: str) -> str:
+    return f"| {family} | `{FAMILIES[family][0]}ForCausalLM` | {way} |"
+
+
+def test_a_head_that_computes_logits_in_a_way_of_its_own_is_refused(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.HyperCLOVAXConfig(**SHAPE, logits_scaling=0.1)  # a factor there; Granite's is a divisor
+    save_model(randomised(transformers.HyperCLOVAXForCausalLM(config)), tmp_path)
+    with pytest.raises(SystemExit, match="HyperCLOVAXForCausalLM computes its logits in a way of its own"):
+        Policy(str(tmp_path), 64)
+
+
+@pytest.mark.parametrize("family, noise", [
+    ("Llama", {"attention_dropout": 0.5}), ("Phi-3", {"resid_pdrop": 0.5}), ("Mixtral", {"router_jitter_noise": 0.5})])
+def test_what_is_trained_has_no_noise(family, noise, tmp_path):
+    model = make_model(family, **noise)
+    save_model(model, tmp_path)
+    policy = Policy(str(tmp_path), 64)
+    row = [torch.arange(5, 25), torch.tensor([5]), torch.tensor([15])]
+    expected = token_logps(policy.model, *row)
+    assert torch.equal(policy.module.train()(*row), expected)
+    assert (token_logps(model.train(), *row) - expected).abs().max() > 1e-2  # so that equal means something
+
+
+def test_a_row_may_not_reach_where_longrope_changes_the_frequencies_of_all(tmp_path):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+    save_model(make_model("Phi-3", rope_parameters=rope, original_max_position_embeddings=32), tmp_path)
+    Policy(str(tmp_path), 32)
+    with pytest.raises(SystemExit, match="MAX_PROMPT_TOKENS [+] MAX_COMPLETION_TOKENS = 33 is over the 32 tokens"):
+        Policy(str(tmp_path), 33)
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Granite hybrid"])  # the fast way, and `generate`
@@ -193,16 +228,17 @@ def test_lora_trains_a_family_and_merges_into_it(family, tmp_path, capsys):
     sampled = torch.cat([one.sampler_logps for one in samples])
     assert (logps - sampled).abs().max() < 2e-5
     checkpoint.merged(policy.model).save_pretrained(tmp_path / "merged")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    plain = {"attn_implementation": "eager"}  # SDPA leaves Gemma 2's cap out
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", **plain)
     assert (token_logps(model, *pack(samples)) - sampled).abs().max() < 1e-3  # sums in another order
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert (token_logps(plain, *pack(samples)) - sampled).abs().max() > 1e-2
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **plain)
+    assert (token_logps(model, *pack(samples)) - sampled).abs().max() > 1e-2
 
 
 if __name__ == "__main__":
     import tempfile
 
     distributed.start()
-    for family, (name, _) in FAMILIES.items():
+    for family in FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
-            print(f"| {family} | `{name}ForCausalLM` | {check_family(family, folder)} |", flush=True)
+            print(row_of(family, check_family(family, folder)), flush=True)

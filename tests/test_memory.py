@@ -91,6 +91,13 @@ def test_the_trial_is_as_large_as_a_micro_batch_can_be_and_leaves_nothing(alone,
     assert fitting_tokens(tried, 500, 20, 30, 4, 1) == 500 and sizes[1] == [200, 4, 4]  # a step has no more
     assert fitting_tokens(tried, 500, 600, 30, 128, 1) == 500 and sizes[2] == [630, 1, 1]  # a longer row alone
     assert fitting_tokens(tried, 500, 100, 30, 128, 3) == 500 and sizes[3] == [500, 4, 4]  # 3.8 rows: four of 125
+    held, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: held.append(
+        sizes[0] if options.get("dtype") == torch.uint8 else 0) or empty(*sizes, **options))
+    for stage in range(4):  # one process: AdamW's states, and gradients that stay between two micro-batches
+        assert memory.fits(tried, 1, 20, 10, stage)
+        assert max(held) == (12 + 4) * sum(map(torch.numel, before))
+        held.clear()
     assert all(torch.equal(one, other) for one, other in zip(before, tried.model.parameters()))
     assert all(parameter.grad is None for parameter in tried.model.parameters()) and not tried.model.training
     assert torch.equal(random, torch.random.get_rng_state())

@@ -7,6 +7,7 @@ import pickle
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 import requests
 import torch
 import transformers
+from conftest import ROOT
 from safetensors.torch import load, save
 
 import fuzz_wire
@@ -24,9 +26,8 @@ import load as load_test
 import ref_server
 from grpo.attention import pack_attention
 from grpo.fused import fuse
-from grpo.reference import Weights, check_server, check_servers, request_logps, send, write_reference
-from grpo.policy import token_logps
-from grpo.policy import batched_logps
+from grpo.reference import Reference, Weights, check_server, check_servers, request_logps, send, write_reference
+from grpo.policy import Policy, batched_logps, token_logps
 
 SHAPE = dict(
     vocab_size=320,
@@ -434,7 +435,7 @@ def test_a_new_reference_is_taken_over_whole_or_not_at_all(launch, tiny, tiny_fo
 
     start = time.monotonic()
     with pytest.raises(SystemExit, match="no answer from a reference server at http://127.0.0.1:9/health in 1 s"):
-        send(f"http://127.0.0.1:9,{url}", Weights("new", file), patience=1)
+        send("http://127.0.0.1:9", Weights("new", file), patience=1)
     assert time.monotonic() - start < 5
     send(url, Weights("new", file), bytes_at_once=1000_000)
     with pytest.raises(SystemExit, match="409: the reference here is new"):
@@ -445,6 +446,32 @@ def test_a_new_reference_is_taken_over_whole_or_not_at_all(launch, tiny, tiny_fo
     write_reference(file, tiny[0], alpha=1)
     answer = torch.cat(request_logps(url, *rows, 1.0, Weights("old", file)))
     assert torch.equal(answer, batched_logps(tiny[0], *rows, 1.0, 16384))
+
+
+def test_a_server_that_is_silent_at_a_renewal_gets_the_reference_when_it_is_back(alone, launch, tiny_folder, tmp_path,
+                                                                                  capsys):
+    url = launch("ref_server.py", f"MODEL={tiny_folder}", "PORT=0").wait_for(r"http://127.0.0.1:\d+")[0]
+    policy, absent = Policy(tiny_folder, 50), "http://127.0.0.1:9"
+    Reference(f"{absent},{url}", 1.0, 999).renew(policy, str(tmp_path), "next", 1, patience=1)
+    assert "no answer from a reference server at http://127.0.0.1:9/health in 1 s" in capsys.readouterr().out
+    assert requests.get(f"{url}/health", timeout=9).json()["reference"] == "next"
+    with pytest.raises(SystemExit, match="no answer from a reference server at http://127.0.0.1:9/health in 1 s"):
+        Reference(absent, 1.0, 999).renew(policy, str(tmp_path), "another", 1, patience=1)
+
+
+def test_processes_that_send_the_same_weights_do_not_disturb_each_other(launch, tiny_folder, other, tmp_path):
+    """As after a restart of the server, when the requests of all of them are refused."""
+    url = launch("ref_server.py", f"MODEL={tiny_folder}", "PORT=0").wait_for(r"http://127.0.0.1:\d+")[0]
+    write_reference(tmp_path / "reference.safetensors", other, alpha=1)
+    file = tmp_path / "reference.safetensors"
+    code = ("import os, sys; from pathlib import Path; from grpo.reference import Weights, send\n"
+            "if all([os.fork() for _ in range(4)]):\n"  # so there are 16 processes, and this one waits for 4
+            "    sys.exit(any([os.wait()[1] for _ in range(4)]))\n"
+            f"send('{url}', Weights('new', Path('{file}')), bytes_at_once={file.stat().st_size // 5})\n"
+            "try:\n    while True:\n        assert not os.wait()[1]\nexcept ChildProcessError:\n    pass\n")
+    sender = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert sender.returncode == 0, sender.stderr
+    assert requests.get(f"{url}/health", timeout=9).json()["reference"] == "new"
 
 
 def test_the_reference_mixes_with_the_policy(tiny, other, tmp_path):
