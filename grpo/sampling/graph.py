@@ -20,7 +20,7 @@ def obstacle(model) -> str:
     if model.config._attn_implementation != "packed":
         return "a model whose attention transformers lets others compute"
     if any(name.endswith("experts") for name, _ in model.named_modules()):
-        return "a model without experts: which of them compute a token is known only while it runs"
+        return "a model without experts (which ones a token needs is known only while the step runs)"
     if getattr(model.config.get_text_config(), "activation_sparsity_pattern", None):  # Gemma 3n
         return "a model that copies no numbers from the CPU at each token"
     kinds = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())
