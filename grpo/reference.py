@@ -65,7 +65,7 @@ class Reference:
         """Brings the next reference, called `name`, to the servers; by all processes together.
 
         It is alpha * policy + (1 - alpha) * the one before, or with an `alpha` of 0 what the folder holds. SystemExit
-        if a server does not take it, or is silent for `patience` seconds; one of several may be silent, and gets it
+        if a server does not take it, or all are silent for `patience` seconds; one of several that is silent gets it
         when it is back.
         """
         dist.barrier()  # every process has its answers of the reference before
@@ -74,8 +74,8 @@ class Reference:
             if dist.get_rank() == 0 and alpha:
                 write_reference(self.weights.file, merged(policy.model), alpha)
         if dist.get_rank() == 0:
-            patience = min(patience, 25) if "," in self.servers else patience
-            visit(self.servers, lambda url: send(url, self.weights, patience))
+            ask("GET", self.servers, "/health", patience)  # until one of them answers
+            visit(self.servers, lambda url: send(url, self.weights, min(patience, 25)))
         dist.barrier()
 
 
