@@ -259,7 +259,7 @@ def test_the_mathematics_example_runs(launch, embedded, cache, tmp_path):
 
 
 def test_the_countdown_example_runs_under_the_launcher(launch, embedded, cache, tmp_path):
-    run = launch("deepspeed", "--num_accelerators", "1", "--master_port=29630", "examples/countdown.py",
+    run = launch("deepspeed", "--num_accelerators", "1", "--master_port=29635", "examples/countdown.py",
                  f"MODEL={embedded}/model", *QUICK, "PROMPTS_PER_STEP=4", "MAX_COMPLETION_TOKENS=32",
                  f"OUTPUT_DIR={tmp_path}/run", env=cache)
     code, text = run.wait()
