@@ -84,8 +84,7 @@ def read_rows(body: bytes, vocab_size: int, max_length: int) -> list[torch.Tenso
 def make_app(model, name: str, token: str = "") -> bottle.Bottle:
     """The WSGI application that serves `model`, called `name`, to clients that know `token`."""
     app, worker, config = bottle.Bottle(), ThreadPoolExecutor(1), model.config.get_text_config()
-    longest = max_tokens_of(model)
-    sizes = {"vocab_size": config.vocab_size, "max_length": longest}
+    sizes = {"vocab_size": config.vocab_size, "max_length": max_tokens_of(model)}
     places, served = threading.BoundedSemaphore(PLACES), {"reference": ""}
     app.default_error_handler = lambda error: error.body
 
