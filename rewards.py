@@ -50,12 +50,15 @@ def begun_thinking(prompt: str | list, prompt_text: str) -> str:
     A template may end in `<think>` (DeepSeek-R1, QwQ), or in an empty block, perhaps just `</think>`, that stands for
     no thinking at all (Qwen3, DeepSeek-V3.1).
     """
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        _, tag, rest = prompt[-1]["content"].rpartition("<think>")
-        return tag + rest if tag else ""
     if not isinstance(prompt_text, str):
-        return ""
-    end = re.search(r"(<think>)?\s*(</think>)?\s*$", prompt_text)
+        prompt_text = ""
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        own = prompt[-1]["content"]
+        _, tag, rest = own.rpartition("<think>")
+        if tag:
+            return tag + rest
+        prompt_text = prompt_text.rstrip().removesuffix(own.strip())
+    end = re.search(r"(<think>)?\s*(</think>)?$", prompt_text.rstrip()[-100:])
     if end[2]:
         return "<think>\n\n</think>\n"
     return "<think>\n" if end[1] else ""

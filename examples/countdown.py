@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from rewards import extract_answer, texts  # noqa: E402
+from rewards import extract_answer, with_thinking  # noqa: E402
 
 FOLDER = ROOT / "examples/countdown"
 SIZES = {"train": 8000, "heldout": 200}
@@ -43,8 +43,9 @@ CONSTANTS = [  # those that differ from grpo_train.py's
 
 def reward_countdown(completions, numbers, target, **columns) -> list[float]:
     """1 where the answer is an expression of exactly these numbers whose value is exactly the target; otherwise 0."""
+    written = with_thinking(completions, **columns)
     return [float(reaches(extract_answer(completion), its_numbers, its_target))
-            for completion, its_numbers, its_target in zip(texts(completions), numbers, target, strict=True)]
+            for completion, its_numbers, its_target in zip(written, numbers, target, strict=True)]
 
 
 def reaches(answer: str | None, numbers: list[int], target: int) -> bool:

@@ -29,7 +29,7 @@ FIRST, REWRITES, NUMERALS = ([(re.compile(pattern), replacement) for pattern, re
 UNITS = {word: spelling or word for all_written, spelling in TABLES["units"] for word in all_written.split()}
 UNITS |= {spelling: spelling for spelling in UNITS.values()}
 CURRENCIES = {"dollar", "euro", "pound", "yen", "cent"}
-SCALES = {word: int(value) for word, value in TABLES["scales"]}
+SCALES = {word: Fraction(value) for word, value in TABLES["scales"]}
 HEDGE = re.compile(rf"(?i)\b(?:{'|'.join(line for line, in TABLES['hedges'])})\b|n't\b|\?|\\approx|\.\.|"
                    r"\d ?-?(?:squared|cubed|ish)\b|\d ?'")
 FILLER = set(" ".join(line for line, in TABLES["filler"]).split())
@@ -45,10 +45,11 @@ THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 PLAIN = re.compile(r"-?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?")  # "-1,234.5"
 UNIT_TAIL = re.compile(rf"(?i)(?:(?: per)?[ /]+(?:{'|'.join(unit for unit in UNITS if len(unit) > 1)})s?)+$")
 ATOM = r"(?:\\[a-z]+|[A-Z]{2,}|[A-Za-z])'*(?:_(?:\w+|\{[^{}]*\}))?(?:\^\{?-1\}?)?"
-QUANTITY = (rf"(?:(?:\\[a-z]+ ?(?:\d |(?=\\|[\dA-Z]))?)?\{{?{ATOM}\}}? ?(?:{ATOM}|\([\w ,.+|\\-]*\))?"
-            rf"|\|[A-Za-z \\]+\||\\frac ?\{{{ATOM}\}} ?\{{{ATOM}\}}|{CHINESE}+)")
+QUANTITY = (r"(?:(?!\\(?:sqrt|ln|log|lg|exp)(?![a-z]))"
+            rf"(?:\\[a-z]+ ?(?:\d |(?=\\|[\dA-Z]))?)?\{{?{ATOM}\}}? ?(?:{ATOM}|\([\w ,.+|\\-]*\))?"
+            rf"|\|(?![a-z]\|)[A-Za-z \\{{}}]+\||\\frac ?\{{{ATOM}\}} ?\{{{ATOM}\}}|{CHINESE}+)")
 NAME = re.compile(rf"\(?{QUANTITY}(?: ?[,:/] ?{QUANTITY}){{0,9}}\)?")  # "x", "f(1)", "|AB|", "\\cos A", "a:b", "(p,q)"
-LETTER = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]")  # of a variable, not of a command
+LETTER = re.compile(r"(?<![\\A-Za-z])(?<!\\begin\{)[A-Za-z]")  # of a variable, not of a command
 SEPARATOR = r",? ?\band\b|,? ?\bor\b|;|\\cup\b|\bU\b"
 RELATION = re.compile(r" ?(<|>|\\le\b|\\ge\b) ?")
 
@@ -108,7 +109,7 @@ def unit(word: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    found = re.findall(r"[\w']+|[-+*/^=<>%.]", text)
+    found = re.findall(r"[\w']+|[-+*/^=<>%.()\[\]{}|!]", text.rstrip(".!"))
     return [unit(word) for word in found if word not in ARTICLES or word == found[-1]]
 
 
@@ -165,10 +166,10 @@ def quantity(text: str) -> tuple[Fraction, str, frozenset] | None:
         word, is_before = match[0].lower(), not re.search(r"\d", text[: match.start()])
         if is_before and word not in FILLER and unit(word) not in CURRENCIES:  # "double 36", "almost 100"
             return None
-        if len(word) == 1 and text[match.start() - 1].isdigit():  # 5m may be a product
-            return None
-        if word in SCALES:
-            value *= SCALES[word]
+        if len(word) == 1 and not is_before and (text[match.start() - 1].isdigit() or match[0] in "ainkcfl"):
+            return None  # 5m and 5 n may be products
+        if word.removesuffix("s") in SCALES:
+            value *= SCALES[word.removesuffix("s")]
         elif len(word) <= 2 and unit(word) == word not in UNITS and word not in FILLER:  # a variable
             return None
         elif word not in FILLER:
@@ -200,8 +201,9 @@ def same_units(gold: frozenset, answer: frozenset) -> bool:
 def choice(text: str) -> str | None:
     """The letter of a multiple choice answer: `B`, `(B)`, `B. 42`, `(B) 42`."""
     match = re.fullmatch(r"\(?([A-Ja-j])\)?(?:(?<=\))[ .:]*|[.:)] ?|$)(.*)", text)
-    several = match and (HEDGE.search(match[2]) or re.search(r"\([A-J]\)|\b[A-J][.)]|^,|^and\b", match[2]))
-    return match[1].upper() if match and not several else None
+    more = r"\([A-J]\)|\b[B-J]\b|\bA\b(?! ?[a-z])|^,|^(?:and|is)\b|\b(?:no|false)\b"  # another letter, or a verdict
+    has_more = match and (HEDGE.search(match[2]) or re.search(more, match[2]))
+    return match[1].upper() if match and not has_more else None
 
 
 # ------------------------------------------------------------------------------------------------- structure
@@ -263,7 +265,9 @@ def same(gold: str, answer: str, verify) -> bool:
     gold, answer = clean(gold), clean(answer)
     if not gold or not answer:
         return False
-    closed = [re.sub(r"(?<!\d) | (?!\d)", "", text.casefold()) for text in (gold, answer)]
+    letters = set() if is_prose(gold) else set(LETTER.findall(gold))
+    fold = str if any(one != one.lower() in letters for one in letters) else str.casefold  # R and r differ
+    closed = [re.sub(r"(?<!\d) | (?!\d)", "", fold(text)) for text in (gold, answer)]
     if closed[0] == closed[1]:
         return True
     for reading, equal in (date, eq), (quantity, same_quantity), (choice, eq):
@@ -290,7 +294,7 @@ def same(gold: str, answer: str, verify) -> bool:
     if answered_name and not has_name:
         return same(gold, answered, verify)
     (kind, golds), (answer_kind, answers) = structure(gold), structure(answer)
-    if len(golds) != len(answers):
+    if len(golds) != len(answers) or not golds:
         return False
     if len(golds) > 1:
         return same_lists(golds, answers, {kind, answer_kind} - {","}, kind == answer_kind, verify)
@@ -370,7 +374,7 @@ def last_formula(text: str) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""What is inside the last complete box, `\boxed{5}`, `\fbox{5}` or `\boxed 5`; of several in a row all."""
+    r"""What is inside the last complete box, `\boxed{5}`, `\fbox{5}` or `\boxed 5`; of several in a row all others."""
     text = re.sub(r"\\boxed +([^\s{}$\\]+)", r"\\boxed{\1}", text)
     found, begin = [], len(text)
     for box in reversed([*re.finditer(r"\\f?box(?:ed)? *\{", text)][-100:]):
@@ -382,4 +386,4 @@ def last_box(text: str) -> str | None:
         if end <= begin:
             found.insert(0, text[box.end(): end - 1])
             begin = box.start()
-    return ", ".join(found) or None
+    return ", ".join(dict.fromkeys(found)) or None

@@ -85,7 +85,7 @@ def ask_judge(gold: str, answer: str) -> bool:
                 require_math_verify()
                 our_end, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 path = f"{Path(__file__).parent.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-                nursery = subprocess.Popen([sys.executable, "-m", "grpo.math_judge"], stdin=its_end,
+                nursery = subprocess.Popen([sys.executable, "-P", "-m", "grpo.math_judge"], stdin=its_end,
                                            start_new_session=True, env=os.environ | {"PYTHONPATH": path}), our_end
                 its_end.close()
                 atexit.register(nursery[0].wait)
@@ -98,6 +98,8 @@ def ask_judge(gold: str, answer: str) -> bool:
         except TimeoutError:
             raise RuntimeError("the process that runs math-verify has stood still for minutes") from None
     if not verdict:
+        if (nursery[0].poll() or 0) > 0:  # it ended by an error; a signal's number is negative
+            raise RuntimeError("the process that runs math-verify cannot start, see its error above")
         raise TimeoutError
     return verdict == b"1"
 
@@ -134,11 +136,21 @@ def make_verify():
         return [expression.xreplace({symbol: I for symbol in expression.free_symbols if symbol.name == "i"})
                 for expression in expressions]
 
+    def apart(gold, answer):
+        """math-verify takes R for r: where one text has both, the capital becomes a letter that neither has."""
+        token = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+        each = [set(token.findall(text)) for text in (gold, answer)]
+        used = set.union(*each)
+        both = sorted({name for names in each for name in names if name != name.lower() and name.lower() in names})
+        free = iter(letter for letter in "zyxwvutsrqponmlkhgcba" if not {letter, letter.upper()} & used)
+        new = {name: next(free, name) for name in both}
+        return [token.sub(lambda match: new.get(match[0], match[0]), text) for text in (gold, answer)]
+
     def values(expression, symbols):
-        """At three points, positive and negative, with 50 digits: equal there is equal, and tiny numbers differ."""
+        """At five points, positive and negative, with 50 digits: equal there is equal, and tiny numbers differ."""
         random = Random(0)
-        points = [{symbol: random.choice(signs) * Rational(random.randint(100, 999), 271) for symbol in symbols}
-                  for signs in ((1, 1), (-1, 1), (-1, -1))]
+        points = [{symbol: random.choice(signs) * Rational(random.randint(100, 9999), 271) for symbol in symbols}
+                  for signs in ((1, 1), (-1, 1), (-1, 1), (-1, 1), (-1, -1))]
         return [expression.xreplace(point).evalf(50) for point in points]
 
     def same_values(gold, answer):
@@ -158,10 +170,10 @@ def make_verify():
         if are_equations:
             pairs = [(a / b, pairs[0][0] / pairs[0][1]) for a, b in pairs if b]
         equal = len(pairs) > 1 and all(abs(a - b) <= abs(a) * Rational(1, 10**40) for a, b in pairs)
-        return equal or (False if len(pairs) > 1 and not are_equations else None)
+        return equal or (False if len(pairs) > 1 else None)
 
     def verify(gold, answer):
-        golds, answers = read(gold), read(answer)
+        golds, answers = map(read, apart(gold, answer))
         verdict = same_values(golds[0], answers[0]) if golds and answers else False
         if verdict is None:
             verdict = math_verify.verify(golds, answers, float_rounding=10, timeout_seconds=None)

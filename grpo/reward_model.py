@@ -12,7 +12,8 @@ def set_padding(model, tokenizer) -> None:
 
 def logits_of(model, tokenizer, texts: list[str]):
     """The classifier's first logit (B,) for each of B texts."""
-    tokens = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt").to(model.device)
+    tokens = tokenizer(texts, padding=True, return_tensors="pt",
+                       add_special_tokens=tokenizer.cls_token is not None).to(model.device)
     return model(**tokens).logits[:, 0]
 
 

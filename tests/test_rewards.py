@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
+from tokenizers.processors import TemplateProcessing
 
 import grpo_train
 import rewards
 from grpo import math_judge
 from grpo.metrics import Metrics, add_groups
+from grpo.reward_model import logits_of
 from grpo.scoring import check_rewards, compute_rewards, load_rewards, score
 from grpo.types import Group, Prompt, Sample
 from rewards import check_answers, extract_answer, reward_correct, reward_format
@@ -232,7 +235,7 @@ def test_a_right_answer_is_not_lost_when_the_machine_stalls():
 
 
 def test_the_labelled_answers():
-    # 3,167 pairs, each labelled by hand: what a careful teacher would say who sees the gold answer and this one; the
+    # 3,582 pairs, each labelled by hand: what a careful teacher would say who sees the gold answer and this one; the
     # kinds that begin with "public" are from the bug reports and tests of other graders
     rows = [json.loads(line) for line in (ROOT / "tests" / "answers.jsonl").read_text().splitlines()]
     assert len(rows) >= 300 and 0.4 < sum(row["right"] for row in rows) / len(rows) < 0.6
@@ -432,6 +435,10 @@ def test_thinking_that_the_last_message_has_begun_belongs_to_the_format():
     texts = ["so</think><answer>5</answer>"]
     assert reward_format(texts, prompts=[messages], prompt_texts=["... <think>\nFirst"]) == [1.25]
     assert reward_format([[{"role": "assistant", "content": texts[0]}]], prompts=[messages]) == [1.25]
+    messages[1] = {"role": "assistant", "content": "Well."}  # Qwen3's template puts an empty block before it
+    texts = [" so <answer>5</answer>"]
+    assert reward_correct(texts, prompts=[messages], prompt_texts=["<think>\n\n</think>\n\nWell."], answer=["5"]) == [1.0]
+    assert reward_correct(texts, prompts=[messages], prompt_texts=["assistant\nWell."], answer=["5"]) == [-1.0]
 
 
 def sampled(texts, tokenizer, messages=None):
@@ -452,6 +459,46 @@ def test_a_row_of_messages_gives_functions_messages_as_in_trl(tiny):
         score([sampled(["5", "12"], tiny[1], prompt)], load_rewards([looks, reward_format]), tiny[1], Metrics())
     assistant = [[{"role": "assistant", "content": text}] for text in ("5", "12")]
     assert seen == [assistant, [messages] * 2, ["5", "12"], ["p"] * 2]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/rewards.md"])
+def test_the_reward_in_the_documents_judges_what_gsm8k_has(page):
+    code = re.search(r"```python\n(.*?def close.*?)```", (ROOT / page).read_text(), re.DOTALL)[1]
+    exec(code, names := {})
+    golds = ["Natalia sold 48/2 = 24 clips.\n#### 72", "so it is\n#### 1,000", "1", "2", "3", "4", "x"]
+    texts = [*map(answered, ["70", "$1,000", "1e999", "nan", "-3.5", "4"]), "no answer"]
+    assert names["close"](texts, answer=golds) == [1 / 3, None, None, None, 1 / 7.5, 1.0, None]
+
+
+def test_a_reward_model_may_lie_in_a_folder_with_a_blank(judge_folder, tmp_path):
+    shutil.copytree(judge_folder, tmp_path / "my judge")
+    (reward,) = load_rewards([f"0.5 * {tmp_path}/my judge"])
+    assert reward.weight == 0.5 and reward.name == "my judge"
+
+
+def test_an_encoder_as_a_reward_model_sees_its_own_special_tokens(judge_folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(judge_folder)
+    model, seen = transformers.AutoModelForSequenceClassification.from_pretrained(judge_folder).eval(), []
+    model.register_forward_pre_hook(lambda _, __, named: seen.append(named["input_ids"].tolist()), with_kwargs=True)
+    plain = tokenizer("1 + 1", add_special_tokens=False).input_ids
+    tokenizer._tokenizer.post_processor = TemplateProcessing("<think> $A", special_tokens=[("<think>", 7)])
+    for cls_token in None, "<think>":
+        tokenizer.cls_token = cls_token
+        logits_of(model, tokenizer, ["1 + 1"])
+    assert seen == [[plain], [[7, *plain]]]
+
+
+def test_a_judge_starts_wherever_the_run_was_started(tmp_path):
+    (tmp_path / "random.py").write_text("raise ImportError('a file of the user')\n")
+    code = f"import sys; sys.path[0] = {str(ROOT)!r}; from grpo.math_judge import ask_judge; print(ask_judge('x', 'x'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_blanks_at_the_end_of_a_prompt_cost_no_time():
+    start = time.monotonic()
+    assert reward_format([answered("5")], prompts=["a" + 3000 * " " + "b"]) == [1.25]
+    assert time.monotonic() - start < 0.5
 
 
 def test_async_functions_are_awaited_all_at_once(tiny):
