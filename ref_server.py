@@ -11,8 +11,8 @@ start several. It is not a text generator, and plain HTTP is not encrypted: use 
 
 `PUT /weights/NAME?start=0&size=...` brings other weights, a safetensors file piece by piece, its bytes from `start` on.
 After the last piece the server switches to the new weights, between two answers; until then it keeps the old ones.
-After a restart it holds MODEL's again. A request for log-probs with `reference=NAME` is answered 409 unless the server
-has these weights ("" are those of MODEL); without it any weights will do.
+After a restart it holds MODEL's again, whose name is their `fingerprint`. A request for log-probs with `reference=NAME`
+is answered 409 unless the server has these weights; without it any weights will do.
 
 The log-probs are computed by `grpo.policy.token_logps`, as the trainer's. The trainer's side of the exchange is
 `grpo/reference.py`.
@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 
 from grpo.constants import Over, explained, override_constants
-from grpo.policy import batched_logps, load_model, max_tokens_of
+from grpo.policy import batched_logps, fingerprint, load_model, max_tokens_of
 
 MODEL = "examples/arithmetic/model"  # local folder or hub name: the model that the policy starts from
 DTYPE = "auto"  # float32 on a CPU, bfloat16 on an accelerator; or either of them by name, as the trainer's
@@ -85,7 +85,7 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
     """The WSGI application that serves `model`, called `name`, to clients that know `token`."""
     app, worker, config = bottle.Bottle(), ThreadPoolExecutor(1), model.config.get_text_config()
     sizes = {"vocab_size": config.vocab_size, "max_length": max_tokens_of(model)}
-    places, served = threading.BoundedSemaphore(PLACES), {"reference": ""}
+    places, served = threading.BoundedSemaphore(PLACES), {"reference": fingerprint(model)}
     app.default_error_handler = lambda error: error.body
 
     @app.install
@@ -120,7 +120,8 @@ def make_app(model, name: str, token: str = "") -> bottle.Bottle:
 
     def answer_rows(body, temperature, reference):  # in one thread, which reads a body when its turn has come
         here, rows = served["reference"], read_rows(body.read(), **sizes)
-        other = f"the reference here is {here or name}: restart the server, unless another run uses it"
+        other = (f"MODEL={name} with weights {here}, not {reference}: restart it with the trainer's MODEL, "
+                 "unless another run uses it")
         expect(reference in (None, here), other, 409)
         try:
             return batched_logps(model, *rows, temperature, BATCH_TOKENS)
@@ -167,6 +168,8 @@ def accept_weights(app, model, name: str, worker, served: dict) -> None:
         old = dict(model.named_parameters())
         same = old.keys() == new.keys() and all(old[key].shape == new[key].shape for key in old)
         expect(same, f"{reference} holds the weights of another model than {name}")
+        finite = all(one.isfinite().all() for one in new.values())
+        expect(finite, f"{reference} holds NaN or infinity")
         with torch.no_grad():
             for key, parameter in old.items():
                 parameter.copy_(new[key])
@@ -174,7 +177,7 @@ def accept_weights(app, model, name: str, worker, served: dict) -> None:
 
 
 def main():
-    token = os.environ.get("REF_TOKEN", "")
+    token = os.environ.get("REF_TOKEN", "").strip()
     if HOST not in ("127.0.0.1", "localhost") and not token:
         raise SystemExit(f"HOST={HOST} can be reached from other machines: set REF_TOKEN in the environment first")
     hint = " (choose another with PORT=...)"
@@ -189,7 +192,8 @@ def main():
 
     stop, runner = threading.Event(), threading.Thread(target=server.run, daemon=True)
     for number in signal.SIGTERM, signal.SIGINT:
-        signal.signal(number, lambda *_: stop.set())
+        if signal.getsignal(number) != signal.SIG_IGN:  # Ctrl-C is not for a script's background job
+            signal.signal(number, lambda *_: stop.set())
     runner.start()
     print("reference model %s at http://%s:%d" % (MODEL, *listener.getsockname()[:2]), flush=True)
     while runner.is_alive() and not stop.wait(1):
@@ -198,6 +202,7 @@ def main():
     while time.monotonic() < deadline and any(
             channel.requests or channel.total_outbufs_len for channel in [*server.active_channels.values()]):
         time.sleep(0.05)
+    os._exit(not stop.is_set())  # whatever is still being computed
 
 
 if __name__ == "__main__":

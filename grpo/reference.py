@@ -9,6 +9,7 @@ a server that holds another one, because it was restarted, is sent the file agai
 """
 import itertools
 import os
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from urllib.parse import urlencode
 import requests
 import torch
 import torch.distributed as dist
+from requests.adapters import HTTPAdapter
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
@@ -34,17 +36,27 @@ sending = threading.Lock()
 
 
 class Weights(NamedTuple):
-    """Weights that the servers are sent, in place of those that they were started with."""
-    name: str  # another one each time
-    file: Path  # safetensors, by the names of the model's parameters
+    """The reference's weights, which a server must have to be asked."""
+    name: str  # of the servers' MODEL its `fingerprint`; of others another one each time
+    file: Path | None = None  # others: safetensors, by the names of the model's parameters
 
 
 class Reference:
-    """Asks the servers (addresses with commas between) for log-probs at a temperature, in requests of some `tokens`."""
+    """Asks the servers (addresses with commas between) for log-probs at a temperature, in requests of some `tokens`.
 
-    def __init__(self, servers: str, temperature: float, tokens: int):
+    The reference is the servers' MODEL, which has this `fingerprint`, until it is renewed.
+    """
+
+    def __init__(self, servers: str, temperature: float, tokens: int, fingerprint: str):
         self.servers, self.temperature, self.tokens = servers, temperature, tokens
-        self.threads, self.weights = ThreadPoolExecutor(8), None
+        self.weights = Weights(fingerprint)
+        # a server works on one request at a time, and has room for 24: the others wait here, where no clock runs
+        most = min(2 * len(servers.split(",")), 24 // int(os.environ.get("WORLD_SIZE", 1)))
+        self.threads = ThreadPoolExecutor(max(1, most))
+
+    def check(self, policy, ids: list[int]) -> None:
+        """`check_server` for each server, where the policy is the reference; by all processes, see `visit`."""
+        visit(self.servers, lambda url: check_server(url, policy.module.model, policy.path, ids, self.weights))
 
     def request(self, groups: list[Group]) -> None:
         """From now on the servers work on the `ref_logps` of the groups' samples."""
@@ -85,21 +97,33 @@ class NoAnswer(SystemExit):
 
 # ------------------------------------------------------------------------------------------------- log-probs
 
-def ask(method: str, servers: str, path: str, patience: float, accept=200, body=None) -> requests.Response:
-    """One HTTP exchange with the next of the servers that answers, tried for `patience` seconds.
+class KeepAlive(HTTPAdapter):
+    """Finds out within half a minute that a machine is gone, however long its answer may take."""
+
+    def init_poolmanager(self, *arguments, **options):
+        tcp = socket.IPPROTO_TCP
+        probes = [(tcp, socket.TCP_KEEPIDLE, 10), (tcp, socket.TCP_KEEPINTVL, 5), (tcp, socket.TCP_KEEPCNT, 4)]
+        options["socket_options"] = [(tcp, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *probes]
+        super().init_poolmanager(*arguments, **options)
+
+
+def ask(method: str, servers: str, path: str, patience: float, accept=200, body=None, loading=1) -> requests.Response:
+    """One HTTP exchange with the next of the servers that answers, tried for `patience` seconds; one that listens but
+    is `loading` its model may take so many seconds.
 
     Returns the response, with the server's address as `server`, if its status is 200 or `accept`. SystemExit says what
     is wrong.
     """
-    headers = {"Authorization": f"Bearer {os.environ.get('REF_TOKEN', '')}"}
+    headers = {"Authorization": f"Bearer {os.environ.get('REF_TOKEN', '').strip()}".encode()}
     deadline = time.monotonic() + patience
     while (now := time.monotonic()) < deadline:
         urls = [url for url in servers.split(",") if silent_until.get(url, 0) < now] or servers.split(",")
         url, pause = urls[next(turn) % len(urls)], 0.5
-        limits = 5, max(1, (deadline - now) / len(urls))  # seconds to connect, and between two bytes
+        limits = 5, max(loading, (deadline - now) / len(urls))  # seconds to connect, and between two bytes
         try:
             with requests.Session() as session:
                 session.trust_env = False  # no proxy of the environment
+                session.mount("http://", KeepAlive())
                 answer = session.request(method, url.rstrip("/") + path, data=body, headers=headers, timeout=limits,
                                          allow_redirects=False)
         except ValueError as error:
@@ -111,7 +135,9 @@ def ask(method: str, servers: str, path: str, patience: float, accept=200, body=
                 answer.server = url
                 return answer
             reason = f"{url}{path} answered {answer.status_code}: {said(answer)}"
-            if answer.status_code != 503:
+            if answer.status_code == 500 and "," in servers:  # a broken GPU, for example
+                silent_until[url] = time.monotonic() + 30
+            elif answer.status_code != 503:
                 ours = answer.status_code in (400, 401, 409, 413)
                 raise SystemExit(reason + " (no reference server: choose another PORT and REF_SERVER)" * (not ours))
             pause = int(answer.headers.get("Retry-After", 1))
@@ -127,61 +153,56 @@ def said(answer: requests.Response) -> str:
 def request_logps(servers: str, tokens, prompt_lens, completion_lens, temperature,
                   weights: Weights | None = None, patience=300.0) -> tuple[torch.Tensor, ...]:
     """The reference log-probs of ragged rows (see `token_logps`), one float32 tensor a row, from the next of the
-    servers (addresses with commas between)."""
+    servers (addresses with commas between). SystemExit if it does not have the `weights` and cannot be sent them."""
     rows = {"tokens": tokens, "prompt_lens": prompt_lens, "completion_lens": completion_lens}
     body = save({name: tensor.to("cpu", torch.int32) for name, tensor in rows.items()})
-    query = urlencode({"temperature": temperature, "reference": weights.name if weights else ""})
+    query = urlencode({"temperature": temperature} | ({"reference": weights.name} if weights else {}))
     for _ in range(5):
-        answer = ask("POST", servers, f"/logps?{query}", patience, 409 if weights else 200, body)
+        answer = ask("POST", servers, f"/logps?{query}", patience, 409 if weights and weights.file else 200, body)
         if answer.status_code == 200:
             with explained(f"{answer.server} does not answer as ref_server.py does"):
                 return load(answer.content)["logps"].split(completion_lens.tolist())  # eq. 4: log pi_ref
-        send(answer.server, weights)
+        several = servers != answer.server
+        visit(answer.server, lambda url: send(url, weights, 25 if several else 300), spare=several)
     raise SystemExit(f"five times, instead of {weights.name}: {said(answer)}")
 
 
-def check_servers(servers: str, model, name: str, ids: list[int]) -> None:
-    """`check_server` for each of them; see `visit`."""
-    visit(servers, lambda url: check_server(url, model, name, ids))
-
-
-def visit(servers: str, task) -> None:
-    """`task(url)` for each of the servers; one that does not answer is reported, and fatal if no other one does."""
+def visit(servers: str, task, spare=False) -> None:
+    """`task(url)` for each of the servers; one that does not answer is reported, and fatal if no other one does, unless
+    there is a `spare` one."""
     urls, absent = servers.split(","), 0
     for url in urls:
         try:
             task(url)
         except NoAnswer as error:
             absent += 1
-            require(absent < len(urls), str(error))
+            require(absent < len(urls) or spare, str(error))
             print(error, flush=True)
 
 
 def health_of(url: str, patience: float) -> dict:
-    answer = ask("GET", url, "/health", patience)
+    answer = ask("GET", url, "/health", patience, loading=300)
     try:
         health = answer.json()
-        return {"reference": ""} | {key: health[key] for key in ("dtype", "model", "vocab_size")} | health
+        return {key: health[key] for key in ("dtype", "model", "reference")}
     except (ValueError, TypeError, KeyError):
         raise SystemExit(f"what answers at {url} is no reference server: choose another PORT and REF_SERVER") from None
 
 
 @torch.no_grad()
-def check_server(url: str, model, name: str, ids: list[int]) -> None:
-    """SystemExit if no server is at `url`, or if its log-probs of `ids` are not those of `model`, known as `name`."""
+def check_server(url: str, model, name: str, ids: list[int], weights: Weights) -> None:
+    """SystemExit if no server is at `url`, if it does not have the `weights`, which are those of `model`, known as
+    `name`, or if its log-probs of `ids` are others."""
     health = health_of(url, 25)
     if health["dtype"] != (dtype := str(model.dtype).removeprefix("torch.")):
         print(f"the reference server at {url} computes in {health['dtype']}, the policy in {dtype}: the KL starts "
               "above 0 (set DTYPE for one of them)", flush=True)
     ids = ids if len(ids) > 1 else 2 * ids
     row = [torch.tensor(numbers, device=model.device) for numbers in (ids, [1], [len(ids) - 1])]
-    difference = float("inf")
-    if health["vocab_size"] == model.config.get_text_config().vocab_size:
-        theirs = request_logps(url, *row, 1.0)[0]
-        difference = (token_logps(model, *row).cpu() - theirs).abs().mean()
-    # bfloat16 rounds by less, another model differs by more
-    require(difference < 0.1, f"the reference server at {url} holds {health['model']}, which is not the policy's "
-                              f"model: start it with python ref_server.py MODEL={name}")
+    difference = (token_logps(model, *row).cpu() - request_logps(url, *row, 1.0, weights)[0]).abs().mean()
+    # bfloat16 rounds by less
+    require(difference < 0.1, f"the reference server at {url} holds {health['model']}, whose log-probs are not the "
+                              f"policy's with the same weights: start it with python ref_server.py MODEL={name}")
 
 
 # ------------------------------------------------------------------------------------------------- other weights

@@ -2,6 +2,7 @@
 
 import copy
 import http.client
+import http.server
 import json
 import pickle
 import re
@@ -26,8 +27,8 @@ import load as load_test
 import ref_server
 from grpo.attention import pack_attention
 from grpo.fused import fuse
-from grpo.reference import Reference, Weights, check_server, check_servers, request_logps, send, write_reference
-from grpo.policy import Policy, batched_logps, token_logps
+from grpo.reference import KeepAlive, Reference, Weights, ask, check_server, request_logps, send, write_reference
+from grpo.policy import Policy, batched_logps, fingerprint, token_logps
 
 SHAPE = dict(
     vocab_size=320,
@@ -231,28 +232,83 @@ def test_server_agrees_with_plain_transformers(tiny, server):
     answer = request_logps(server, *rows, 0.8)
     assert [len(row) for row in answer] == rows[2].tolist()
     assert (torch.cat(answer) - expected).abs().max() < 2e-4
-    check_server(server, model, "tiny", list(range(20)))
-    check_server(server, model, "tiny", [5])  # a prompt of a single token
+    check_server(server, model, "tiny", list(range(20)), Weights(fingerprint(model)))
+    check_server(server, model, "tiny", [5], Weights(fingerprint(model)))  # a prompt of a single token
 
 
-def test_server_says_what_it_holds(server, tiny_folder):
+def test_server_says_what_it_holds(server, tiny, tiny_folder):
     health = requests.get(f"{server}/health").json()
-    sizes = {"vocab_size": 327, "max_length": 1024}
-    assert health == {"status": "ok", "model": tiny_folder, "dtype": "float32", "reference": "", **sizes}
+    known = {"vocab_size": 327, "max_length": 1024, "reference": fingerprint(tiny[0])}
+    assert health == {"status": "ok", "model": tiny_folder, "dtype": "float32", **known}
+
+
+def test_the_fingerprint_is_of_the_weights_not_of_their_dtype(tiny):
+    model, others = copy.deepcopy(tiny[0]), set()
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.view(-1)[0] += 0.01
+            others.add(fingerprint(model))
+            parameter.view(-1)[0] -= 0.01
+    assert len(others) == len([*model.parameters()]) and fingerprint(tiny[0]) not in others
+    assert fingerprint(copy.deepcopy(tiny[0]).bfloat16()) == fingerprint(tiny[0])
 
 
 def test_a_proxy_for_the_internet_is_not_asked(server, tiny, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
-    check_server(server, tiny[0], "tiny", list(range(20)))
+    check_server(server, tiny[0], "tiny", list(range(20)), Weights(fingerprint(tiny[0])))
 
 
-def test_another_model_is_refused_by_the_trainer(server, tiny):
+def test_another_model_is_refused_by_the_trainer_at_any_time(server, tiny):
+    weights = Weights(fingerprint(tiny[0]))
     other = copy.deepcopy(tiny[0])
     with torch.no_grad():
-        other.model.layers[0].mlp.down_proj.weight.neg_()
-    with pytest.raises(SystemExit, match="not the policy's model: start it with python ref_server.py MODEL=tiny"):
-        check_server(server, other, "tiny", list(range(20)))
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.01)  # as after a few steps: log-probs differ by 0.001
+    with pytest.raises(SystemExit, match="409: MODEL=.* with weights .*: restart it with the trainer's MODEL"):
+        check_server(server, other, "tiny", list(range(20)), Weights(fingerprint(other)))
+    with pytest.raises(SystemExit, match=f"with weights {weights.name}, not another"):  # later on, too
+        request_logps(server, *make_rows(), 1.0, Weights("another"))
+    request_logps(server, *make_rows(), 1.0, weights)
+
+    other = copy.deepcopy(tiny[0])
+    for module in other.modules():  # the same weights, with another config.json: rope_theta
+        if hasattr(module, "inv_freq"):
+            module.inv_freq.pow_(0.3)
+    assert fingerprint(other) == weights.name
+    with pytest.raises(SystemExit, match="not the policy's with the same weights: start it with .* MODEL=tiny"):
+        check_server(server, other, "tiny", list(range(20)), weights)
+
+
+def test_a_broken_server_of_several_is_left_out():
+    """One whose GPU is lost answers every request with 500."""
+    answers = {}
+    for status in 500, 200:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self, status=status):
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+        running = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        answers[status] = f"http://127.0.0.1:{running.server_port}"
+    for _ in range(3):
+        assert ask("GET", ",".join(answers.values()), "/health", 9).server == answers[200]
+    with pytest.raises(SystemExit, match="answered 500"):
+        ask("GET", answers[500], "/health", 9)
+
+
+def test_a_connection_notices_that_the_machine_is_gone(server):
+    """By probes of the kernel, as the machine says nothing: at most 10 + 4 * 5 seconds after the last one."""
+    with requests.Session() as session:
+        session.mount("http://", KeepAlive())
+        with session.get(f"{server}/health", stream=True) as answer:
+            line = answer.raw.connection.sock
+            assert line.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            seconds = [line.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}"))
+                       for name in ("IDLE", "INTVL", "CNT")]
+            assert seconds == [10, 5, 4]
 
 
 def body(**changes):
@@ -352,7 +408,7 @@ def test_the_token_is_wanted_and_the_work_in_flight_is_finished(launch, tiny_fol
         assert requests.get(f"{url}/health", headers=headers).status_code == 401
         assert requests.post(f"{url}/logps", data=body(), headers=headers).status_code == 401
     with pytest.raises(SystemExit, match="401: wrong or missing bearer token"):
-        check_server(url, None, "tiny", [1, 2])
+        check_server(url, None, "tiny", [1, 2], None)
 
     # SIGTERM while a large request is being computed: the answer still comes, then the process ends with 0.
     lens = torch.tensor([[10, 900]] * 120)
@@ -389,7 +445,7 @@ def test_it_does_not_start_where_it_should_not(launch, tiny_folder, server):
 def test_an_absent_server_is_named_within_30_seconds():
     start = time.monotonic()
     with pytest.raises(SystemExit, match=r"http://127.0.0.1:9/health.*python ref_server.py MODEL="):
-        check_server("http://127.0.0.1:9", None, "tiny", [1, 2])
+        check_server("http://127.0.0.1:9", None, "tiny", [1, 2], None)
     assert time.monotonic() - start < 30
 
 
@@ -410,6 +466,7 @@ def test_a_new_reference_is_taken_over_whole_or_not_at_all(launch, tiny, tiny_fo
     write_reference(file, other, alpha=1)
     content = file.read_bytes()
     one_less = save({name: tensor for name, tensor in load(content).items() if "norm" not in name})
+    broken = save({name: tensor / 0 for name, tensor in load(content).items()})
 
     def put(body, start=0, size=len(content), name="new", token="secret"):
         query, headers = {"start": start, "size": size}, {"Authorization": f"Bearer {token}"}
@@ -425,6 +482,7 @@ def test_a_new_reference_is_taken_over_whole_or_not_at_all(launch, tiny, tiny_fo
         (put(content[half:], start=half), 409, "only 0 bytes"),
         (put(b"x" * half, size=half), 400, "not safetensors"),
         (put(one_less, size=len(one_less)), 400, "another model"),
+        (put(broken, size=len(broken)), 400, "NaN"),
         (put(content[:half]), 200, ""),
         (put(content[half + 1 :], start=half + 1), 409, f"only {half} bytes"),
         (put(content[:half], name="newer"), 200, ""),
@@ -438,8 +496,9 @@ def test_a_new_reference_is_taken_over_whole_or_not_at_all(launch, tiny, tiny_fo
         send("http://127.0.0.1:9", Weights("new", file), patience=1)
     assert time.monotonic() - start < 5
     send(url, Weights("new", file), bytes_at_once=1000_000)
-    with pytest.raises(SystemExit, match="409: the reference here is new"):
-        request_logps(url, *rows, 1.0)
+    with pytest.raises(SystemExit, match="409: MODEL=.* with weights new, not .*unless another run uses it"):
+        request_logps(url, *rows, 1.0, Weights(fingerprint(tiny[0])))
+    assert torch.equal(torch.cat(request_logps(url, *rows, 1.0)), batched_logps(other, *rows, 1.0, 16384))
     answer = torch.cat(request_logps(url, *rows, 1.0, Weights("new", file)))
     assert torch.equal(answer, batched_logps(other, *rows, 1.0, 16384))
     # it is asked for one that it does not have, and is sent it
@@ -451,11 +510,11 @@ def test_a_new_reference_is_taken_over_whole_or_not_at_all(launch, tiny, tiny_fo
 def test_a_renewal_goes_on_without_a_silent_server_of_several(alone, launch, tiny_folder, tmp_path, capsys):
     url = launch("ref_server.py", f"MODEL={tiny_folder}", "PORT=0").wait_for(r"http://127.0.0.1:\d+")[0]
     policy, absent = Policy(tiny_folder, 50), "http://127.0.0.1:9"
-    Reference(f"{absent},{url}", 1.0, 999).renew(policy, str(tmp_path), "next", 1, patience=1)
+    Reference(f"{absent},{url}", 1.0, 999, "").renew(policy, str(tmp_path), "next", 1, patience=1)
     assert "no answer from a reference server at http://127.0.0.1:9/health in 1 s" in capsys.readouterr().out
     assert requests.get(f"{url}/health", timeout=9).json()["reference"] == "next"
     with pytest.raises(SystemExit, match="no answer from a reference server at http://127.0.0.1:9/health in 1 s"):
-        Reference(absent, 1.0, 999).renew(policy, str(tmp_path), "another", 1, patience=1)
+        Reference(absent, 1.0, 999, "").renew(policy, str(tmp_path), "another", 1, patience=1)
 
 
 def test_processes_that_send_the_same_weights_do_not_disturb_each_other(launch, tiny_folder, other, tmp_path):
@@ -497,8 +556,9 @@ def test_more_requests_than_it_has_places_for_come_again(server):
     assert all(int(answer.headers["Retry-After"]) > 0 and answer.text.count("\n") == 1 for answer in refused)
 
 
-def test_a_server_of_several_may_be_absent(server, tiny, capsys):
-    check_servers(f"http://127.0.0.1:9,{server}", tiny[0], "tiny", list(range(20)))
+def test_a_server_of_several_may_be_absent(server, tiny_folder, capsys):
+    servers, policy = f"http://127.0.0.1:9,{server}", Policy(tiny_folder, 50)
+    Reference(servers, 1.0, 999, policy.fingerprint).check(policy, list(range(20)))
     assert "no answer from a reference server at http://127.0.0.1:9/health in 25 s" in capsys.readouterr().out
 
 

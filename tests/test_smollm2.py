@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import smollm2
 from grpo.data import load_prompts
-from grpo.policy import load_model, stop_ids
+from grpo.policy import fingerprint, load_model, stop_ids
 from grpo.reference import Reference
 from grpo.sampling import sample
 from grpo.types import Group
@@ -72,7 +72,7 @@ def test_sampler_server_and_transformers_agree(real, launch):
                      temperature=0)
     plain = AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.float32)
     server = launch("ref_server.py", f"MODEL={FOLDER}/model", "PORT=0")
-    reference = Reference(server.wait_for(r"http://[\d.:]+")[0], 1.0, 8192)
+    reference = Reference(server.wait_for(r"http://[\d.:]+")[0], 1.0, 8192, fingerprint(model))
     reference.request([Group(one.prompt, [one]) for one in samples])
     for prompt, one in zip(prompts, samples):
         ids = torch.tensor([prompt.ids])
