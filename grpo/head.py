@@ -16,9 +16,11 @@ def compiled(function):
 def head_logps(model, hidden, targets, temperature=1.0):
     """Log-probs (C,) float32 of `targets` (C,) at a temperature, from the last hidden states (C, H) before them."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    scale = getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)  # Cohere, Granite
+    scale = (getattr(config, "logit_scale", None) or 1) / getattr(config, "logits_scaling", 1)  # Cohere, Granite
     scale *= getattr(config, "lm_head_multiplier", 1) / temperature  # Falcon-H1
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    caps = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"  # Gemma, RecurrentGemma, xLSTM
+    cap = next(filter(None, (getattr(config, name, None) for name in caps)), None)
+    hidden = hidden.to(head.weight.dtype)  # Mamba's are in float32
     return HeadLogps.apply(hidden, head.weight, getattr(head, "bias", None), targets, scale, cap, LOGITS_PER_TILE)
 
 

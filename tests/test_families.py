@@ -3,12 +3,14 @@
     python tests/test_families.py       # prints the table of docs/models.md
 """
 import copy
+import json
 import random
 
 import pytest
 import torch
 import transformers
 from conftest import ROOT  # noqa: F401
+from safetensors.torch import load_file, save_file
 
 import arithmetic
 import grpo_train
@@ -148,6 +150,58 @@ def test_a_family_is_sampled_scored_and_trained_as_transformers_does(alone, fami
     assert row_of(family, way) in (ROOT / "docs/models.md").read_text()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_takes_bfloat16(family, tmp_path):
+    """The default on a GPU; by how much it rounds is another test's matter."""
+    save_model(make_model(family), tmp_path)
+    policy = Policy(str(tmp_path), 64, "bfloat16")
+    samples = sample(policy.model, PROMPTS, 2, max_tokens=8, stop=[3], temperature=0)
+    logps = policy.module(*pack(samples))
+    logps.sum().backward()
+    gradients = [parameter.grad for parameter in policy.module.parameters() if parameter.grad is not None]
+    assert all(one.dtype == torch.bfloat16 and one.isfinite().all() for one in gradients) and len(gradients) > 3
+    assert (logps - torch.cat([one.sampler_logps for one in samples])).abs().mean() < 0.2
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("Nemotron", {}),  # its attention hands nothing on
+    ("RecurrentGemma", dict(lru_width=32, head_dim=8, block_types=["recurrent", "attention"], logits_soft_cap=2.0)),
+])
+def test_what_is_computed_in_another_way_is_known(name, changes, tmp_path):
+    torch.manual_seed(0)
+    model = randomised(getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**SHAPE | changes)))
+    save_model(model, tmp_path)
+    policy, row = Policy(str(tmp_path), 64), torch.arange(5, 25)
+    expected = model(row[None]).logits[0, :-1].log_softmax(-1).gather(1, row[1:, None])[:, 0]
+    assert (policy.module(row, torch.tensor([1]), torch.tensor([19])) - expected).abs().max() < 2e-5
+
+
+def test_a_model_that_routes_at_random_is_refused(tmp_path):
+    save_model(transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**SHAPE | EXPERTS)), tmp_path)
+    with pytest.raises(SystemExit, match="routes at random while it trains: it cannot be trained"):
+        Policy(str(tmp_path), 64)
+
+
+def test_weights_in_fp8_are_trained_in_full(tmp_path):
+    """As Qwen3-8B-FP8 has them, with a scale for each matrix."""
+    model = make_model("Qwen3").bfloat16()
+    save_model(model, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in weights if "proj" in name]:
+        scale = weights[name].float().abs().max() / 448
+        weights[name] = (weights[name].float() / scale).to(torch.float8_e4m3fn)
+        weights[name.replace(".weight", ".weight_scale_inv")] = scale.reshape(1, 1)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3",
+                                     "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    policy = Policy(str(tmp_path), 64, "bfloat16")
+    for (name, ours), theirs in zip(policy.model.named_parameters(), model.parameters()):
+        assert ours.dtype == torch.bfloat16 and (ours - theirs).norm() < 0.05 * theirs.norm(), name
+
+
 def row_of(family: str, way: str) -> str:
     return f"| {family} | `{FAMILIES[family][0]}ForCausalLM` | {way} |"
 
@@ -207,6 +261,12 @@ def test_a_vision_language_checkpoint_is_trained_on_text_and_saved_whole(alone, 
     saved = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "step_1.unfinished")
     assert type(saved) is type(plain) and len(list(saved.parameters())) == len(list(plain.parameters()))
     assert (tmp_path / "step_1.unfinished/preprocessor_config.json").read_text() == '{"image_mean": 0.5}'
+
+
+def test_lora_adapts_nothing_that_sees(tmp_path):
+    save_model(make_model_with_vision("Qwen2_5_VL"), tmp_path)
+    names = [name for name, one in Policy(str(tmp_path), 64, lora_rank=2).module.named_parameters() if one.requires_grad]
+    assert len(names) == 28 and all("lora" in name and "language_model" in name for name in names), names
 
 
 @pytest.mark.parametrize("family", FAMILIES)
