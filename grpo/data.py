@@ -1,9 +1,13 @@
-"""Data sets: from rows of a file or of the hub to prompts."""
+"""Data sets: from rows of a file or of the hub to prompts.
+
+    python -m grpo.data openai/gsm8k:main:train 400     # prints the first rows as a .jsonl file has them
+"""
 import json
 import os
 import random
 import re
 import sys
+from datetime import date
 from functools import lru_cache
 
 from jinja2 import TemplateError
@@ -48,7 +52,9 @@ def to_prompt(row: dict, number: int, tokenizer, system_prompt: str, question: s
     given, asked = row.get("prompt"), row.get(question)
     columns = {name: value for name, value in row.items() if name != "prompt"}
     if isinstance(given, str) and given:
-        return Prompt(tokens_of(given, tokenizer), given, None, columns, number)
+        ids, begin = tokens_of(given, tokenizer), tokenizer("").input_ids[:1]
+        needs_bos = begin == [tokenizer.bos_token_id] != ids[:1]  # Llama's and Gemma's tokenizers put it there
+        return Prompt(begin * needs_bos + ids, given, None, columns, number)
     if given:
         check_messages(given)
     elif not isinstance(asked, str) or not asked.strip():
@@ -56,14 +62,27 @@ def to_prompt(row: dict, number: int, tokenizer, system_prompt: str, question: s
         raise ValueError(f"expected a text, or chat messages as prompt, but found {wrong}")
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages = given or [*system, {"role": "user", "content": asked}]
-    continued = messages[-1]["role"] == "assistant"
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not continued,
-                                             continue_final_message=continued)
-    except TemplateError as error:
-        hint = "SYSTEM_PROMPT= leaves the system message out"
-        raise ValueError(f"MODEL's chat template says: {error} ({hint})") from None
+    text = in_template(messages, tokenizer)
     return Prompt(tokens_of(text, tokenizer), text, given, columns, number)
+
+
+def in_template(messages: list[dict], tokenizer) -> str:
+    """The messages in the model's chat template. ValueError if it refuses them, or leaves one out without a word."""
+    messages = [{key: value for key, value in one.items() if value is not None} for one in messages]  # Parquet's
+    parts = [one | {"content": [{"type": "text", "text": one["content"]}]} for one in messages]
+    continued, hint = messages[-1]["role"] == "assistant", "SYSTEM_PROMPT= leaves the system message out"
+    for form in messages, parts:  # templates of vision-language models may want parts
+        try:
+            text = tokenizer.apply_chat_template(
+                form, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued,
+                strftime_now=date(2026, 1, 1).strftime)  # a run that goes on tomorrow has the same prompts
+        except TemplateError as error:
+            raise ValueError(f"MODEL's chat template says: {error} ({hint})") from None
+        lost = [one["content"] for one in messages
+                if one["role"] != "assistant" and one["content"].strip() not in text]
+        if not lost:
+            return text
+    raise ValueError(f"MODEL's chat template leaves out {lost[0]!r:.80} ({hint})")
 
 
 def check_messages(messages) -> None:
@@ -121,3 +140,8 @@ def read_jsonl(path: str) -> list[dict]:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"line {number} is not a JSON object: {error}") from None
     return rows
+
+
+if __name__ == "__main__":
+    for row in read(sys.argv[1])[: int(sys.argv[2])]:
+        print(json.dumps(row, default=str))

@@ -13,10 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT, rows
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from grpo.data import load_prompts
-from grpo.policy import Policy
+from grpo.policy import Policy, load_model, stop_ids
+from grpo.sampling import sample
 from grpo.scoring import check_rewards, load_rewards
+from grpo.types import Prompt
 
 MINE = '''
 import asyncio, functools
@@ -142,7 +145,7 @@ REFUSED = {
     "GROUP_SIZE=10000000000000": "expected a number over 1, up to 65536",
     "MAX_PROMPT_TOKENS=1": "more than MAX_PROMPT_TOKENS=1 tokens",
     "MAX_COMPLETION_TOKENS=100000": "is over the .* tokens of MODEL",
-    "MIN_COMPLETION_TOKENS=9": "MIN_COMPLETION_TOKENS=9 is over the maximum",
+    "MIN_COMPLETION_TOKENS=9": "MIN_COMPLETION_TOKENS=9 is over the limit",
     "TEMPERATURE=0": "expected a number over 1e-06",
     "TEMPERATURE=1e-300": "expected a number over 1e-06",
     "SAMPLER=other": "expected one of auto, transformers, graph, vllm",
@@ -327,8 +330,8 @@ SERVERS = {  # what answers at REF_SERVER: status and body of /health, sentence
     "a redirection": (302, "", f"/health answered 302: .*{NO_SERVER}"),
     "an error page": (500, "<p>\n" * 2000, rf"/health answered 500: (<p> ){{90,100}}.*{NO_SERVER}"),
     "a wrong token": (401, "set REF_TOKEN", "answered 401: set REF_TOKEN$"),
-    "another model": (200, '{"model": "M", "dtype": "float32", "vocab_size": 9}', "holds M, which is not the policy's"),
-    "the same everywhere": (200, '{"model": "M", "dtype": "float32", "vocab_size": 327}', "does not answer as ref_server"),
+    "an older server": (200, '{"model": "M", "dtype": "float32", "vocab_size": 9}', "is no reference server"),
+    "the same everywhere": (200, '{"model": "M", "dtype": "float32", "reference": "a"}', "does not answer as ref_server"),
 }
 
 
@@ -399,7 +402,7 @@ def test_a_model_with_code_of_its_own_is_run_on_request_and_saved_with_it(run, l
     # the server has the renewed reference now, which a run that does not renew cannot start from
     code, text = train(run, tmp_path, *words, f"OUTPUT_DIR={tmp_path}/plain")
     assert code == 1 and "Traceback" not in text, text
-    assert re.search("the reference here is .*-1: restart the server, unless another run uses it", text), text
+    assert re.search("with weights .*-1, not .*: restart it with the trainer's MODEL, unless another run uses it", text), text
 
 
 def test_all_processes_end_with_the_sentence(launch, few, tmp_path):
@@ -471,5 +474,51 @@ def test_an_answer_that_is_none_is_refused_with_its_row(tiny, tmp_path, answer):
 def test_a_data_column_may_have_any_name(tiny, tmp_path):
     path = tmp_path / "data.jsonl"
     names = "functions prompts prompt_texts completions completion_ids rows given trainer_state log_metric".split()
-    path.write_text(json.dumps({"question": "a"} | dict.fromkeys(names, "data")) + "\n")
-    check_rewards(load_rewards(["reward_format"]), tiny[1], load_prompts(str(path), tiny[1], "", 99))
+    path.write_text(json.dumps({"question": "a", "answer": "1"} | dict.fromkeys(names, "data")) + "\n")
+    prompts = load_prompts(str(path), tiny[1], "", 99)
+    check_rewards(load_rewards(["reward_format", "reward_correct"]), tiny[1], prompts)
+
+
+def with_template(tokenizer, template: str):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def prompts_of(row: dict, tokenizer, folder, system="") -> list[Prompt]:
+    (folder / "data.jsonl").write_text(json.dumps(row) + "\n")
+    return load_prompts(f"{folder}/data.jsonl", tokenizer, system, 99)
+
+
+def test_a_text_begins_with_bos_where_the_tokenizer_says_so(tiny, tmp_path):
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos, plain = tokenizer.bos_token_id, tokenizer("1 + 1", add_special_tokens=False).input_ids
+    assert prompts_of({"prompt": "1 + 1"}, tokenizer, tmp_path)[0].ids == plain
+    tokenizer._tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", bos)])
+    for text in "1 + 1", "<bos>1 + 1":
+        assert prompts_of({"prompt": text}, tokenizer, tmp_path)[0].ids == [bos, *plain]
+
+
+def test_a_template_that_leaves_a_message_out_is_named_and_one_that_wants_parts_gets_them(tiny, tmp_path):
+    of_parts = "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}|" \
+               "{% endif %}{% endfor %}{% endfor %}"
+    (prompt,) = prompts_of({"question": "What is 1 + 1?"}, with_template(tiny[1], of_parts), tmp_path, "Be short.")
+    assert prompt.text == "Be short.|What is 1 + 1?|"
+    no_system = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(SystemExit, match="row 1 .* MODEL's chat template leaves out 'Be short.' .SYSTEM_PROMPT="):
+        prompts_of({"question": "1 + 1"}, with_template(tiny[1], no_system), tmp_path, "Be short.")
+    dated = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    assert prompts_of({"question": "1"}, with_template(tiny[1], dated), tmp_path)[0].text == "01 Jan 2026 1"
+    tools = "{% for m in messages %}{{ m.content }}{% if 'tool_calls' in m %}{{ m.tool_calls | length }}{% endif %}" \
+            "{% endfor %}"
+    row = {"prompt": [{"role": "user", "content": "1", "tool_calls": None}]}  # as Parquet gives messages all keys
+    assert prompts_of(row, with_template(tiny[1], tools), tmp_path)[0].text == "1"
+
+
+def test_a_stop_that_is_no_token_ends_nothing(tiny_folder, tmp_path):
+    model, tokenizer = load_model(tiny_folder)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 5000, -1]
+    assert stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    samples = sample(model, [[5, 6]], 2, max_tokens=3, stop=[], temperature=0)  # and without any it is the limit
+    assert [len(one.tokens) for one in samples] == [3, 3]
