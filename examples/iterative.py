@@ -13,6 +13,7 @@ without replay. What OUTPUT_DIR holds already is not made again.
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -161,5 +162,6 @@ def measures(heldout: Path, policy: str, frozen: str, judges: list[Path], pairs:
 
 if __name__ == "__main__":
     override_constants(__name__, sys.argv[1:])
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the running command, which `run` waits for
     os.chdir(Path(__file__).resolve().parent.parent)
     main()

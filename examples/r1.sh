@@ -83,15 +83,15 @@ answers() {  # model, questions, folder, samples, rewards
 
 # The questions and the clean solutions.
 embedded=examples/arithmetic/train.jsonl
-if [[ -z $QUESTIONS && $DATASET == *.jsonl ]]; then
+if [[ -z $QUESTIONS ]]; then
   QUESTIONS=$OUTPUT_DIR/questions.jsonl
-  head -n "$QUESTION_ROWS" "$DATASET" > "$QUESTIONS"
+  python -m grpo.data "$DATASET" "$QUESTION_ROWS" > "$QUESTIONS"
 fi
 if [[ -z $SOLUTIONS && $DATASET == "$embedded" ]]; then
   SOLUTIONS=$OUTPUT_DIR/solutions.jsonl
   run "clean solutions" "$SOLUTIONS" python examples/steps.py ROWS="$COLD_ROWS" SOLUTIONS="$SOLUTIONS"
 fi
-QUESTIONS=${QUESTIONS:-$DATASET} SOLUTIONS=${SOLUTIONS:-$DATASET}
+SOLUTIONS=${SOLUTIONS:-$DATASET}
 start=$MODEL cold=$OUTPUT_DIR/a_cold_start rl=$OUTPUT_DIR/b_rl new=$OUTPUT_DIR/c_sampled last=$OUTPUT_DIR/d_rl
 control=$OUTPUT_DIR/only_rl
 

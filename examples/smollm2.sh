@@ -19,8 +19,16 @@ length)
     echo "task $task: expected words or length" >&2
     exit 2 ;;
 esac
+start=$here/model
+for argument; do  # the evaluation asks as the training does
+    case $argument in
+    MODEL=*) start=${argument#*=} ;;
+    DTYPE=* | EVAL_DATASET=* | QUESTION_COLUMN=* | SYSTEM_PROMPT=* | REWARDS=* | TEMPERATURE=* | MAX_PROMPT_TOKENS=* | \
+        MAX_COMPLETION_TOKENS=* | TRUST_REMOTE_CODE=*) asked+=("$argument") ;;
+    esac
+done
 python examples/smollm2.py
 examples/demo.sh "$output" MODEL=$here/model "${asked[@]}" "${training[@]}" BETA=0.02 MICRO_BATCH_TOKENS=2048 "$@"
 last=$(ls -d "$output"/step_* | sort -V | tail -1)
-python -m grpo.evaluate MODEL="$here/model,$last" "${asked[@]}" EVAL_SAMPLES=2 OUTPUT_DIR="$output"
+python -m grpo.evaluate MODEL="$start,$last" "${asked[@]}" EVAL_SAMPLES=2 OUTPUT_DIR="$output"
 if [ "$task" = length ]; then python examples/smollm2.py "$output/evaluation.jsonl"; fi

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,23 @@ def test_ctrl_c_stops_all_processes_after_the_step(launch, few, tmp_path):
     _, text = run.wait(60)
     assert (tmp_path / f"step_{steps_done(tmp_path)}").is_dir(), text
     assert "grpo_train.py\", line" not in text, text
+
+
+def test_ctrl_c_in_a_script_leaves_the_server_alive_until_the_step_is_saved(launch, few, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = ["examples/demo.sh", f"{tmp_path}/run", *few, f"REF_SERVER=http://127.0.0.1:{port}", "EVAL_EVERY=0",
+                   "STEPS=1000", "SAVE_EVERY=0"]
+        environment = {"TRAINER": "python", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        code, text = launch(*command, env=environment).wait(60)
+        assert code == 1 and f"something runs at http://127.0.0.1:{port} already" in text, text
+    run = launch(*command, env=environment)
+    run.wait_until(lambda: steps_done(tmp_path / "run") >= 2)
+    os.killpg(run.popen.pid, signal.SIGINT)  # as a terminal does: to the script, the trainer and the server
+    code, text = run.popen.wait(60), run.out.read_text()
+    assert code == 0 and (tmp_path / f"run/step_{steps_done(tmp_path / 'run')}").is_dir(), text
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
 
 
 def test_the_error_of_the_process_that_failed_is_the_last_one(launch, few, tmp_path):
