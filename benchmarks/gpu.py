@@ -21,8 +21,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from grpo.attention import pack_attention
 from grpo.fused import fuse
 from grpo.policy import token_logps
-from grpo.sampling import graph as graph_sampler
-from grpo.sampling import sample
+from grpo.sampling import graph, transformers
+from grpo.types import Prompt
 
 PROMPT, ROWS = 128, 64
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -67,19 +67,21 @@ def speed(model, tokens: int, tflops: float, update) -> dict[str, float]:
     block = torch.empty(2**28 if DEVICE.type != "cpu" else 2**22, device=DEVICE)
     bandwidth = 2 * block.nbytes / clock(block.clone)
     del block
-    prompts = torch.randint(vocab, (ROWS // 8, PROMPT)).tolist()
+    prompts = [Prompt(row) for row in torch.randint(vocab, (ROWS // 8, PROMPT)).tolist()]
+    decoded = max(tokens, 4 * transformers.BLOCK)
+    uniforms = torch.rand(ROWS, decoded, dtype=torch.float64)
 
-    def decode(count, decoder):
-        sample(model, prompts, 8, max_tokens=count, min_tokens=count, stop=[0], seeds=list(range(len(prompts))),
-               decode=decoder)
+    def decode(decoder) -> float:
+        """Seconds of a step, from one look for finished groups to another: without the prompts and the first steps."""
+        looks = [time.perf_counter() for _ in decoder(model, prompts, 8, decoded, [0], 1.0, decoded, uniforms)]
+        return (looks[-2] - looks[0]) / (transformers.BLOCK * (len(looks) - 2))
 
     config = model.config
     size = 2 * config.num_key_value_heads * config.hidden_size / config.num_attention_heads  # of a token in a layer
-    cache = ROWS * (PROMPT + 0.75 * tokens) * config.num_hidden_layers * size * item
+    cache = ROWS * (PROMPT + decoded / 2) * config.num_hidden_layers * size * item
     floor = (parameters * item + cache) / bandwidth
-    for name, decoder in ("transformers", None), ("graph", graph_sampler.decode):
-        whole, half = (clock(lambda: decode(count, decoder), 1) for count in (tokens, tokens // 2))
-        step = (whole - half) / (tokens - tokens // 2)
+    for name, decoder in ("transformers", transformers.decode), ("graph", graph.decode):
+        step = [decode(decoder) for _ in range(2)][-1]  # the first time it warms up
         print(f"SAMPLER={name}: decode step {1e3 * step:.2f} ms, {step / floor:.1f} times the floor at "
               f"{bandwidth / 1e9:.0f} GB/s ({ROWS / step:.0f} tokens a second)", flush=True)
         found |= {f"{name}_ms": 1e3 * step, f"{name}_over_floor": step / floor, "copy_gb_s": bandwidth / 1e9}
@@ -108,7 +110,7 @@ def main(shape="1.5b", tokens="512", tflops="989", gigabytes="80", parts="speed,
         return found
 
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    updates = {"ours": lambda length: update(rows_of(1, length, vocab)), "TRL": trl_update(model, vocab)}
+    updates = {"TRL": trl_update(model, vocab), "ours": lambda length: update(rows_of(1, length, vocab))}
     if DEVICE.type != "cuda":
         for name, work in updates.items():
             print(f"{name}: a row of {tokens} tokens takes {clock(lambda: work(tokens), 1):.1f} s")

@@ -102,7 +102,7 @@ part "3 tests" $(test -n "$GPU" && echo 90 || echo 300) env ON_GPU=1 python -m p
 part "4 memory" $(test -n "$GPU" && echo 60 || echo 200) python grpo_train.py MODEL="$W/model" DATASET="$W/model/data.jsonl" \
     OUTPUT_DIR="$W/memory" BETA=0 STEPS=0 EVAL_EVERY=0 SAVE_EVERY=0 PROMPTS_PER_STEP=128 \
     MAX_COMPLETION_TOKENS=896 MICRO_BATCH_TOKENS=$(test -n "$GPU" && echo 1000000 || echo 4000)
-part "5 longest completion" $(test -n "$GPU" && echo 90 || echo 100) python benchmarks/gpu.py parts=longest \
+part "5 longest completion" $(test -n "$GPU" && echo 150 || echo 100) python benchmarks/gpu.py parts=longest \
     $(test -n "$GPU" && echo shape=1.5b || echo shape=small tokens=16)
 
 # ------------------------------------------------------------------------------------------------ 6. every path of the trainer

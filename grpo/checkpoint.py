@@ -19,6 +19,7 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 import torch.distributed as dist
 from transformers.utils import cached_file
 
@@ -74,8 +75,8 @@ def prepare(path: Path, constants: dict, resume: bool) -> int:
             f"from an earlier step, or begin a new run with MODEL={state.parent}")
     replace(path / "run.json", json.dumps(now, indent=1))
     shutil.copy(Path(__file__).with_name("page.html"), path / "index.html")
-    for leftover in path.glob("step_*.unfinished"):
-        shutil.rmtree(leftover)
+    for leftover in [*path.glob("step_*.unfinished"), *(path / name for name in constants.get("TRACKERS", []))]:
+        shutil.rmtree(leftover, ignore_errors=True)  # trackers are told everything again
     if (state / "reference.safetensors").exists():
         shutil.copy(state / "reference.safetensors", path)
     for name in {"metrics.jsonl", "completions.jsonl"} & set(os.listdir(path)):
@@ -140,9 +141,14 @@ def replace(path: Path, text: str) -> None:
     os.replace(path.with_suffix(".unfinished"), path)
 
 
-def merged(model):
-    """The model as `from_pretrained` knows it: itself, or a copy with its LoRA adapters added to the weights."""
-    return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
+def merged(model, device="cpu"):
+    """The model as `from_pretrained` knows it: itself, or a copy on the device with its LoRA adapters added to the
+    weights. LoRA is for GPUs that have no room for such a copy."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    parameters = {id(one): torch.nn.Parameter(one.detach().to(device, copy=True), one.requires_grad)
+                  for one in model.parameters()}
+    return copy.deepcopy(model, parameters).merge_and_unload()
 
 
 def save(engine, policy, folder: str, step: int, keep: int) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+from datetime import timedelta
 
 import deepspeed
 import torch
@@ -27,7 +28,8 @@ def start() -> tuple[int, int]:
     with explained("the processes of this run cannot meet at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ),
                    dist.DistNetworkError, hint=" (a second run on one machine needs a port of its own: "
                                                "deepspeed --master_port 29501 grpo_train.py ...)"):
-        deepspeed.init_distributed(verbose=False)
+        # NCCL's ten minutes are over while one process still downloads the model, or has a longer completion
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size()
 
 

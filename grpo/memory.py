@@ -35,18 +35,19 @@ def fits(policy, count: int, length: int, prompt_length: int, zero_stage: int) -
     """Whether a forward and a backward pass of `count` rows fit beside what DeepSpeed will hold.
 
     That is 12 bytes of AdamW's states for each parameter, split over processes from ZeRO 1 on, and gradients, split
-    from ZeRO 2 on.
+    from ZeRO 2 on; and on a GPU a twentieth of it, for a graph of the sampler, for NCCL, and a server beside.
     """
     model = policy.module.train().model
     trained = [one for one in model.parameters() if one.requires_grad]
     states = 12 * sum(one.numel() for one in trained) // (dist.get_world_size() if zero_stage else 1)
     gradients = sum(one.nbytes for one in trained) // (dist.get_world_size() if zero_stage > 1 else 1)
+    spare = torch.cuda.mem_get_info(model.device)[1] // 20 if model.device.type == "cuda" else 0
     hooks = [one.register_post_accumulate_grad_hook(drop_gradient) for one in trained]
     tokens = torch.randint(model.config.get_text_config().vocab_size, (count * length,),
                            generator=torch.Generator().manual_seed(0))
     lens = torch.full((count,), prompt_length), torch.full((count,), length - prompt_length)
     try:
-        placeholder = torch.empty(states + gradients, dtype=torch.uint8, device=model.device)  # noqa: F841: only held
+        placeholder = torch.empty(states + gradients + spare, dtype=torch.uint8, device=model.device)  # noqa: F841
         policy.module(*(tensor.to(model.device) for tensor in (tokens, *lens))).sum().backward()
         return True
     except torch.OutOfMemoryError:

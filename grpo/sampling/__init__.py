@@ -48,7 +48,8 @@ def rollouts(model, prompts: list[Prompt], group_size: int, *, max_tokens: int, 
     """
     was_training = model.training
     model.eval()
-    chunk, decode = max(1, MAX_SEQUENCES // group_size), decode or decoder("transformers", model)
+    decode, longest = decode or decoder("transformers", model), max((len(prompt.ids) for prompt in prompts), default=0)
+    chunk = max(1, at_once(model, longest + max_tokens) // group_size)
     for start in range(0, len(prompts), chunk):
         some = slice(start, start + chunk)
         uniforms = torch.cat([
@@ -57,6 +58,19 @@ def rollouts(model, prompts: list[Prompt], group_size: int, *, max_tokens: int, 
         yield from filter(None, decode(
             model, prompts[some], group_size, max_tokens, stop, temperature, min_tokens, uniforms))
     model.train(was_training)
+
+
+def at_once(model, tokens: int) -> int:
+    """How many sequences of so many tokens are decoded at a time. A GPU needs room for their keys and values,
+    twice while the cache grows."""
+    if model.device.type != "cuda":
+        return MAX_SEQUENCES
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_a_token = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return min(MAX_SEQUENCES, free // (2 * of_a_token * tokens))
 
 
 def sample(model, prompts: list[list[int]], *arguments, **options) -> list[Sample]:

@@ -24,7 +24,7 @@ class Written:
     def __init__(self, prompts: list[Prompt], group_size: int, max_tokens: int, stop: list[int], device):
         count = len(prompts) * group_size
         self.prompts, self.group_size, self.handed_out = prompts, group_size, set()
-        self.stop = torch.tensor(stop, device=device)
+        self.stop = torch.tensor(stop, dtype=torch.long, device=device)
         self.tokens = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
         self.logps = torch.zeros(count, max_tokens, device=device)
         self.lengths = torch.full((count,), max_tokens, device=device)

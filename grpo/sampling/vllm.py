@@ -45,7 +45,7 @@ class Engine:
         if self.on_gpu:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        plain = merged(self.policy.model)
+        plain = merged(self.policy.model, self.policy.model.device)
         weights = {name: parameter.detach() for name, parameter in plain.named_parameters()}
         if plain.config.tie_word_embeddings:
             weights["lm_head.weight"] = plain.get_output_embeddings().weight.detach()
@@ -66,7 +66,7 @@ class Engine:
         for place, (prompt, seed) in enumerate(zip(prompts, seeds or [0] * len(prompts))):
             engine.add_request(str(place), {"prompt_token_ids": prompt.ids}, SamplingParams(
                 n=group_size, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens,
-                seed=seed * group_size,  # vLLM counts on from it for the others of the group
+                seed=seed * group_size % 2**63,  # vLLM counts on from it for the others of the group
                 stop_token_ids=stop, logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY))
         while engine.has_unfinished_requests():
             if finished := [group(prompts[int(answer.request_id)], answer.outputs) for answer in engine.step()]:
