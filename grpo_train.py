@@ -30,7 +30,7 @@ from grpo.evaluate import evaluate
 from grpo.memory import fitting_tokens
 from grpo.metrics import Metrics, add_groups
 from grpo.policy import Policy, dtype_called
-from grpo.reference import Reference, check_servers
+from grpo.reference import Reference
 from grpo.report import Log, trackers
 from grpo.sampling import open_sampler
 from grpo.scoring import Reward, check_rewards, load_rewards, score
@@ -82,7 +82,8 @@ WARMUP_STEPS = 10  # linear; without it Adam's first steps can ruin the model
 MAX_GRAD_NORM = 1.0
 MAX_SKIPPED_STEPS: Over(0) = 5  # the run ends after so many in a row whose gradients are not finite
 MICRO_BATCH_TOKENS = 8192  # rows x longest row of a forward and backward pass; on a GPU it is halved at the start until
-# the longest rows fit. It changes memory, not the update: without checkpointing 1.5B parameters keep 2 MB a token
+# the longest rows fit. It changes memory, not the update (nor in bfloat16, where gradients add up in bfloat16, if a
+# process has less than some 100 micro-batches). 1.5B parameters need 2 MB for each token, without checkpointing
 GRADIENT_CHECKPOINTING = False  # less memory for activations, a third more time
 ZERO_STAGE: Literal[0, 1, 2, 3] = 1  # DeepSpeed splits over the GPUs 1 optimizer states, 2 gradients too, 3 weights too
 LORA_RANK = 0  # of adapters that are trained instead of the weights; 0: no adapters. LoRA wants 10 times the LR
@@ -141,7 +142,7 @@ def set_advantages(groups: list[Group], rewards: list[Reward]) -> None:
         for one, advantage in zip(group.samples, advantages.tolist()):
             one.advantages = torch.full((len(one.tokens),), advantage)  # section 4.1.2: A, the same for all tokens
         for place, reward in enumerate(rewards):  # one that rewards no steps adds nothing
-            steps = [(one, *step) for one in group.samples for step in one.steps[place]]  # section 4.1.3: R
+            steps = [(one, end, value) for one in group.samples for end, value in one.steps[place]]  # section 4.1.3: R
             advantages = group_advantages([value for _, _, value in steps])
             for (one, end, _), advantage in zip(steps, advantages.tolist()):
                 one.advantages[:end] += reward.weight * advantage  # section 4.1.3: sum over index(j) >= t
@@ -159,8 +160,7 @@ def set_token_weights(groups: list[Group]) -> None:
     completions = PROMPTS_PER_STEP * GROUP_SIZE
     all_tokens = distributed.reduce([sum(len(one.tokens) for one in counted)])[0]
     for one in counted:
-        divisors = {"grpo": len(one.tokens) * completions,
-                    "dr_grpo": MAX_COMPLETION_TOKENS * completions}
+        divisors = {"grpo": len(one.tokens) * completions, "dr_grpo": MAX_COMPLETION_TOKENS * completions}
         one.weight = 1 / divisors.get(LOSS_TYPE, all_tokens)  # eq. 3: 1/G, 1/length; the others: 1 / all tokens
 
 
@@ -174,11 +174,13 @@ def GRPO_step(logps: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dic
     The sampler computes with other kernels: surrogate * min(exp(old_logps - sampler_logps), IS_CAP), the factor as a
     constant; truncated importance sampling (Ionides 2008; for language models Yao et al. 2025).
     cispo: surrogate = clip(ratio) * A * logps, the ratio as a constant (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
-    ENTROPY_BONUS adds -logps * ratio, these logps as a constant: in expectation its gradient is the entropy's.
+    ENTROPY_BONUS adds -logps * ratio, these logps as a constant, the ratio each token's: in expectation its gradient is
+    the entropy's.
 
     A statistic is one line in the dict: metrics.jsonl has its mean over the tokens that are trained on.
     """
     advantages, lens = batch.advantages, batch.completion_lens  # (C,), (B,)
+    logps = logps.where(batch.weights > 0, batch.sampler_logps)  # what teaches nothing must not become inf * 0
     if batch.old_logps is None:
         batch.old_logps = logps.detach()  # eq. 3: pi_old, the same policy until the first update
     log_ratio = logps - batch.old_logps  # (C,)
@@ -191,15 +193,14 @@ def GRPO_step(logps: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dic
         surrogate = clipped.detach() * advantages * logps
     sampler_ratio = (batch.old_logps - batch.sampler_logps).exp()
     surrogate = surrogate * sampler_ratio.clamp(max=IS_CAP)
-    # not where the weight is 0: a filler has no reference, and exp might be infinite
-    ref_log_ratio = (batch.ref_logps - logps).where(batch.weights > 0, 0) if BETA else 0 * logps  # eq. 4: log-ratio
-    kl = torch.expm1(ref_log_ratio) - ref_log_ratio  # eq. 4: KL
-    objective = surrogate - BETA * kl - ENTROPY_BONUS * logps.detach() * ratio  # eq. 3: beta
+    d = batch.ref_logps - logps if BETA else 0 * logps  # eq. 4: log-ratio
+    kl = torch.expm1(d) - d  # eq. 4: KL
+    objective = surrogate - BETA * kl - ENTROPY_BONUS * logps.detach() * (logps - batch.old_logps).exp()  # eq. 3: beta
     loss = -(objective * batch.weights).sum()  # eq. 3: sums
 
     low = (ratio < 1 - CLIP_LOW) & (advantages < 0)
     high = (ratio > 1 + CLIP_HIGH) & (advantages > 0)
-    return loss, {"kl": kl, "entropy": -logps, "clip_low_frac": low, "clip_high_frac": high,
+    return loss, {"kl": kl if BETA else kl / 0, "entropy": -logps, "clip_low_frac": low, "clip_high_frac": high,
                   "clip_region_frac": low | high, "sampler_ratio": sampler_ratio}
 
 
@@ -214,8 +215,8 @@ def main():
     rank, world = distributed.start()
     require(PROMPTS_PER_STEP % world == 0, f"{PROMPTS_PER_STEP=}: cannot be shared equally by {world} processes")
     require(BETA or not REF_SYNC_EVERY, f"{REF_SYNC_EVERY=}: with BETA=0 there is no reference")
-    require(MIN_COMPLETION_TOKENS <= MAX_COMPLETION_TOKENS, f"{MIN_COMPLETION_TOKENS=} is over the maximum")
-    last, start = checkpoint.begin(OUTPUT_DIR, constants_of(__name__) | {"PROCESSES": world}, RESUME)
+    require(MIN_COMPLETION_TOKENS <= MAX_COMPLETION_TOKENS, f"{MIN_COMPLETION_TOKENS=} is over the limit")
+    last, run = checkpoint.begin(OUTPUT_DIR, constants_of(__name__) | {"PROCESSES": world}, RESUME)
     # policy.module is trained, policy.model samples: two sets of modules with the same parameters
     policy = Policy(MODEL, MAX_PROMPT_TOKENS + MAX_COMPLETION_TOKENS, DTYPE, TEMPERATURE, LORA_RANK, SEED,
                     GRADIENT_CHECKPOINTING, TRUST_REMOTE_CODE)
@@ -225,21 +226,21 @@ def main():
     heldout = load_prompts(EVAL_DATASET, *settings) if EVAL_EVERY and EVAL_DATASET else []
     check_rewards(rewards, tokenizer, train, heldout)
     checkpoint.rehearse(policy, OUTPUT_DIR, REF_SYNC_EVERY)
+    sampler = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
     longest, rows = max(len(one.ids) for one in train), PROMPTS_PER_STEP * GROUP_SIZE // world
     # on a CPU MICRO_BATCH_TOKENS itself
     budget = fitting_tokens(policy, MICRO_BATCH_TOKENS, longest, MAX_COMPLETION_TOKENS, rows, ZERO_STAGE)
-    reference = Reference(REF_SERVER, TEMPERATURE, budget) if BETA else None
-    if reference and not REF_SYNC_EVERY:
-        check_servers(REF_SERVER, policy.module.model, MODEL, train[0].ids)
-    sampler = open_sampler(SAMPLER, policy, MAX_COMPLETION_TOKENS, VLLM_MEMORY)
+    reference = Reference(REF_SERVER, TEMPERATURE, budget, policy.fingerprint) if BETA else None
+    if REF_SYNC_EVERY:
+        reference.renew(policy, OUTPUT_DIR, f"{run}-{last}", alpha=0 if last else 1, patience=25)
+    if reference and not (REF_SYNC_EVERY and last):
+        reference.check(policy, train[0].ids)
     engine = start_engine(policy.module, DS_CONFIG)
     log, skipped = Log(OUTPUT_DIR, engine.monitor, last, STEPS), 0
     if last:
         checkpoint.load(engine, OUTPUT_DIR, last)
     else:
         log.write({"step": 0} | evaluate(sampler, heldout, rewards, tokenizer, Metrics(1, STEPS)))
-    if REF_SYNC_EVERY:
-        reference.renew(policy, OUTPUT_DIR, f"{start}-{last}", alpha=0 if last else 1, patience=25)
     distributed.stop_at_signals()
 
     for step in range(last + 1, STEPS + 1):  # algorithm 1: M
@@ -287,12 +288,12 @@ def main():
 
         # 6. Metrics, evaluation, renewal of the reference, checkpoint.
         add_groups(metrics, groups, rewards)
-        row = {"step": step, "lr": lr, "grad_norm": gradient_norm(engine)} | metrics.row()
+        row = metrics.row(lr=lr, grad_norm=gradient_norm(engine))
         if EVAL_EVERY and (step % EVAL_EVERY == 0 or step == STEPS):
             row |= evaluate(sampler, heldout, rewards, tokenizer, Metrics(step + 1, STEPS))
         log.write(row, groups[0], rewards)
         if REF_SYNC_EVERY and step % REF_SYNC_EVERY == 0:  # algorithm 1: I
-            reference.renew(policy, OUTPUT_DIR, f"{start}-{step}", REF_MIXUP_ALPHA)
+            reference.renew(policy, OUTPUT_DIR, f"{run}-{step}", REF_MIXUP_ALPHA)
         stop = any(distributed.of_all(distributed.stopping.is_set()))
         if stop or SAVE_EVERY and (step % SAVE_EVERY == 0 or step == STEPS):
             checkpoint.save(engine, policy, OUTPUT_DIR, step, KEEP_CHECKPOINTS)

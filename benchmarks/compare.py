@@ -12,7 +12,8 @@ The last one is for a GPU. Unless there is a `model`, its shape is Qwen2's (hidd
 completions a step, AdamW in float32, a reference model, one update a step; needs tests/requirements.txt. Every program
 runs alone and may use both cores; this project's reference server is a process beside the trainer, and counted. Of
 several numbers of threads the best one is quoted. Behind `ours:` is a constant of it, as in ours:SAMPLER=transformers;
-trl:bf16=True and trl:dtype=bfloat16 are TRL's mixed precision and weights in bfloat16.
+trl:parts=4 has TRL train on a fourth of a step's batch at a time, for less memory; trl:bf16=True and trl:dtype=bfloat16
+are its mixed precision and weights in bfloat16.
 """
 import json
 import os
@@ -168,8 +169,9 @@ def trl_config(**options):
 
 
 def trl(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, threads: int, dtype="float32",
-        **options) -> dict:
-    """`dtype` is that of the weights; option bf16=True computes products in bfloat16 from weights in float32."""
+        parts="", **options) -> dict:
+    """`dtype` is that of the weights; option bf16=True computes products in bfloat16 from weights in float32. A step's
+    batch goes through the model in so many `parts`, by default one on a CPU, a prompt's completions on a GPU."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -179,7 +181,8 @@ def trl(folder: Path, steps: int, prompts: int, tokens: int, exact: bool, thread
     from rewards import reward_len
 
     torch.set_num_threads(threads)
-    seconds, phases, lengths, parts = [], Counter(), [], prompts if torch.accelerator.is_available() else 1
+    parts = int(parts or (prompts if torch.accelerator.is_available() else 1))
+    seconds, phases, lengths = [], Counter(), []
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *arguments, **options):

@@ -76,7 +76,9 @@ def trl(task: dict, until: float) -> dict:
     history = []
 
     class Watch(TrainerCallback):
-        def on_step_begin(self, *arguments, **options):
+        def on_step_begin(self, arguments, state, control, optimizer=None, **options):
+            for group in optimizer.param_groups:  # TRL's own warm-up begins at 0, and its first step would do nothing
+                group["lr"] = task["LR"] * min(1, (state.global_step + 1) / task["WARMUP_STEPS"])
             self.start = time.perf_counter()
 
         def on_step_end(self, arguments, state, control, model, **options):
@@ -101,7 +103,7 @@ def trl(task: dict, until: float) -> dict:
         args=compare.trl_config(
             per_device_train_batch_size=task["PROMPTS_PER_STEP"] * 8, num_generations=8, max_steps=task["STEPS"],
             learning_rate=task["LR"], beta=task["BETA"], reward_weights=[reward.weight for reward in rewards],
-            lr_scheduler_type="constant_with_warmup", warmup_steps=task["WARMUP_STEPS"], max_completion_length=tokens))
+            lr_scheduler_type="constant", max_completion_length=tokens))
     trainer.train()
     return {"seconds": seconds_until(history, until), "step": statistics.median(seconds for seconds, _ in history)}
 

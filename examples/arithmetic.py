@@ -132,12 +132,13 @@ def main():
     Path(OUTPUT_DIR).parent.mkdir(parents=True, exist_ok=True)
     unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=Path(OUTPUT_DIR).parent)
     try:
-        model.save_pretrained(f"{unfinished}/model")
-        tokenizer.save_pretrained(f"{unfinished}/model")
+        built = Path(unfinished, "built")  # others may read it; what mkdtemp makes is for its user alone
+        model.save_pretrained(built / "model")
+        tokenizer.save_pretrained(built / "model")
         for name, part in ("train", train), ("heldout", heldout):
-            with open(f"{unfinished}/{name}.jsonl", "w") as file:
+            with open(built / f"{name}.jsonl", "w") as file:
                 file.writelines(json.dumps({"question": p["question"], "answer": p["answer"]}) + "\n" for p in part)
-        os.rename(unfinished, OUTPUT_DIR)
+        built.rename(OUTPUT_DIR)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"wrote {OUTPUT_DIR}/model, train.jsonl ({len(train)} problems), heldout.jsonl ({len(heldout)} problems)")

@@ -7,8 +7,8 @@
 The rule stands for the people who compare completions: the one that it rewards more is the better one. MODEL is a
 policy, whose body gets a new head with one label, or a reward model that is to be trained further. Then OLD names the
 evaluations of its earlier training, and REPLAY says how much of them it sees again (DeepSeekMath, algorithm 1).
-OUTPUT_DIR gets the model, and training.json with its accuracy before and after, on the pairs of every fifth question,
-which train nothing. Completions have to be texts: of chat messages `reward_model` sees the whole conversation instead.
+OUTPUT_DIR gets the model, and training.json with its accuracy before and after, on a pair of every fifth question,
+which trains nothing. Completions have to be texts: of chat messages `reward_model` sees the whole conversation instead.
 """
 import random
 import sys
@@ -70,7 +70,8 @@ def pairs_of(rows: list[dict]) -> tuple[list[Pair], list[Pair]]:
         ranked = [Pair(prompt + one, prompt + other) for one, other in permutations(rewards, 2)
                   if rewards[one] > rewards[other]]
         chosen = rng.sample(ranked, min(PER_QUESTION, len(ranked)))
-        parts[number % HELDOUT_EVERY == 0].extend(chosen)
+        held_out = number % HELDOUT_EVERY == 0
+        parts[held_out].extend(chosen[:1] if held_out else chosen)  # for the interval, pairs are independent
     return parts
 
 

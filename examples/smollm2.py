@@ -141,10 +141,11 @@ def main() -> None:
     }
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=FOLDER.parent))
     try:
-        write_model(unfinished / "model")
+        built = unfinished / "built"  # others may read it; what mkdtemp makes is for its user alone
+        write_model(built / "model")
         for name, rows in files.items():
-            (unfinished / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        unfinished.rename(FOLDER)
+            (built / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        built.rename(FOLDER)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

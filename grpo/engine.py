@@ -46,12 +46,12 @@ def spread_masters(engine) -> None:
 def make_batches(groups: list[Group], budget: int, device) -> list[MicroBatch]:
     """Micro-batches of the groups' samples, of at most `budget` tokens each, see `types.split`.
 
-    A backward pass may be a collective operation, so every process makes as many: those with fewer micro-batches fill
-    up with a sample of weight zero.
+    A backward pass may be a collective operation, so every process makes as many: those with fewer micro-batches get
+    fillers, samples of weight zero.
     """
     batches = in_batches(samples_of(groups), budget)
-    spare = Sample(Prompt([0]), torch.tensor([0]), torch.zeros(1), ended=True, advantages=torch.zeros(1))
-    batches += [[spare]] * (max(1, *of_all(len(batches))) - len(batches))
+    filler = Sample(Prompt([0]), torch.tensor([0]), torch.zeros(1), ended=True, advantages=torch.zeros(1))
+    batches += [[filler]] * (max(1, *of_all(len(batches))) - len(batches))
     return [micro_batch(samples, device) for samples in batches]
 
 

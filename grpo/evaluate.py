@@ -12,6 +12,7 @@ evals", arXiv 2411.00640). That alone would give a rate of 0 or 1 no width at al
 for a rate two with 1 and two with 0 (Agresti and Coull, The American Statistician 52, 1998), for a difference half a
 pair of each kind, 1 and 1, 0 and 0, 1 and 0, 0 and 1 (Agresti and Min, Statistics in Medicine 24, 2005).
 """
+import gc
 import json
 import sys
 from math import comb, inf, isnan, nan
@@ -81,7 +82,10 @@ def main() -> None:
     with checkpoint.writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     rewards = load_rewards(REWARDS)
-    found = [complete_all(name, rewards) for name in names]
+    found = []
+    for name in names:
+        found.append(complete_all(name, rewards))
+        gc.collect()  # a model's modules refer to each other, and the next one needs its memory
     numbers = sorted(set.intersection(*map(set, found)))  # each tokenizer leaves out what is too long for it
     require(len(numbers) > 1, f"EVAL_DATASET={EVAL_DATASET}: an interval needs two problems at least")
     if dist.get_rank() > 0:

@@ -56,9 +56,12 @@ class Metrics:
         counts = dict(zip(self.counts, sums[len(self.totals) :]))
         return {name: total / (counts.get(name, 1) or nan) for name, total in zip(self.totals, sums)}
 
-    def row(self) -> dict[str, float]:
-        """What `reduced` gives, and this process's seconds in each lap, seconds since the start, and peak memory."""
-        return {name: fmean(values) for name, values in self.logged.items()} | self.reduced() | self.seconds | {
+    def row(self, **known) -> dict[str, float]:
+        """The step, `known` numbers, what `reduced` gives, and this process's seconds in each lap, seconds since the
+        start, and peak memory. No reward function's `log` replaces one of them."""
+        known = {"step": self.step} | known
+        logged = {name: fmean(values) for name, values in self.logged.items()}
+        return known | logged | self.reduced() | self.seconds | known | {
             "seconds": time.perf_counter() - self.start, "peak_memory_mb": peak_memory_mb()}
 
 

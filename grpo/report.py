@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from itertools import product
-from math import inf
 from pathlib import Path
 
 import torch.distributed as dist
@@ -41,13 +40,15 @@ class Log:
     def __init__(self, folder: str, monitor, last: int, steps: int):
         self.folder, self.monitor, self.silent = folder, monitor, dist.get_rank() > 0
         self.progress = tqdm(desc="GRPO", initial=last, total=steps, disable=self.silent)
+        for row in read(folder) if last and not self.silent else ():
+            self.track(row)  # from the start: their files are new ones, see `checkpoint.prepare`
 
     def write(self, row: dict, group: Group | None = None, rewards=()) -> None:
         """A row of metrics.jsonl, the same for the trackers, and a group's completions."""
         if self.silent:
             return
         append(f"{self.folder}/metrics.jsonl", row)
-        self.monitor.write_events([(name, value, row["step"]) for name, value in row.items() if name != "step"])
+        self.track(row)
         if not group:
             return
         for sample in group.samples:
@@ -59,6 +60,11 @@ class Log:
         skipped = ", UPDATE SKIPPED: not finite" if row["skipped_updates"] else ""
         self.progress.set_postfix_str(shown.format_map(row) + skipped, refresh=False)
         self.progress.update()
+
+    def track(self, row: dict) -> None:
+        """The row for the trackers."""
+        self.monitor.write_events([(name, value, row["step"]) for name, value in row.items()
+                                   if name != "step" and value is not None])
 
     def close(self) -> None:
         self.progress.close()
@@ -75,14 +81,17 @@ def trackers(names: list[str], folder: str) -> dict:
 
 
 def append(path: str, row: dict) -> None:
-    """Adds a line to a .jsonl file; a value that is not a number becomes null."""
-    numbers = {key: None if value in (inf, -inf) or value != value else value for key, value in row.items()}
+    """Adds a line to a .jsonl file. Arrays become lists; what JSON does not know, NaN above all, becomes null."""
+    text = json.dumps(row, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
+    known = json.loads(text, parse_constant=lambda _: None)
     with open(path, "a") as file:
-        file.write(json.dumps(numbers, default=str) + "\n")
+        file.write(json.dumps(known) + "\n")
 
 
 def read(folder: str) -> list[dict]:
-    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    file = Path(folder, "metrics.jsonl")
+    require(file.exists(), f"{file} is not there: no run has come to its first step in {folder}")
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def series(history: list[dict], name: str) -> list[tuple[int, float]]:

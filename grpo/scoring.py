@@ -48,7 +48,7 @@ def load_rewards(rewards: list) -> list[Reward]:
     for entry in rewards:
         function, weight = entry if isinstance(entry, (tuple, list)) else (entry, 1.0)
         if isinstance(function, str):
-            factor, _, place = "".join(function.split()).rpartition("*")
+            factor, _, place = (part.strip() for part in function.rpartition("*"))
             module, _, name = place.rpartition(":")
             try:
                 weight = float(factor or weight)
@@ -114,7 +114,7 @@ def check_rewards(rewards: list[Reward], tokenizer, *data_sets: list[Prompt]) ->
             try:
                 bound(reward.function, given)
                 if hasattr(reward.function, "check"):
-                    reward.function.check(rows=[prompt.number for prompt in prompts], **given)
+                    reward.function.check(**given | {"rows": [prompt.number for prompt in prompts]})
                 score([Group(one, [Sample(one, torch.tensor(one.ids), torch.zeros(1), False)]) for one in prompts[:2]],
                       [reward], tokenizer, Metrics())
             except (TypeError, ValueError) as error:
@@ -144,11 +144,11 @@ def score(groups: list[Group], rewards: list[Reward], tokenizer, metrics: Metric
         parts = [(reward.weight * number, steps) for reward, number, steps in zip(rewards, numbers, all_steps)
                  if reward.weight]
         sample.reward = total(part for part, _ in parts)
-        outcomes = [part for part, steps in parts if not steps]
+        outcomes = [part for part, steps in parts if steps is None]
         sample.outcome = total(outcomes) if outcomes else 0.0  # section 4.1.2: r
         # section 4.1.3: r^index(j)
-        sample.steps = [[(tokens_until(tokenizer, sample.tokens, end), value) for end, value in steps if reward.weight]
-                        for reward, steps in zip(rewards, all_steps)]
+        sample.steps = [[(tokens_until(tokenizer, sample.tokens, end), value) for end, value in steps or []
+                         if reward.weight] for reward, steps in zip(rewards, all_steps)]
 
 
 def total(values) -> float:
@@ -158,7 +158,7 @@ def total(values) -> float:
 
 
 def compute_rewards(rewards: list[Reward], given: dict) -> tuple[list, list]:
-    """By reward and completion the value (NaN for None, the sum of the steps), and the list of steps.
+    """By reward and completion the value (NaN for None, the sum of the steps), and the list of steps, None without one.
 
     ValueError names the function and the completion that it raises at, SystemExit what else it returned.
     """
@@ -173,9 +173,9 @@ def compute_rewards(rewards: list[Reward], given: dict) -> tuple[list, list]:
             result = list(result)
             values.append(list(map(as_number, result)))
         require(len(result) == len(texts), f"{said} {len(result)} values for {len(texts)} completions")
-        steps.append([value if isinstance(value, list) else [] for value in result])
+        steps.append([value if isinstance(value, list) else None for value in result])
         for value, number, some, text in zip(result, values[-1], steps[-1], texts):
-            inside = all(0 < end <= len(text) for end, _ in some)
+            inside = all(0 < end <= len(text) for end, _ in some or [])
             require(inside and (value is None or isfinite(number)), f"{said} {value} for {text!r}")
     return values, steps
 

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -66,7 +67,8 @@ def the_card_is_right(run, start):
                                    "tags": ["grpo", "reinforcement-learning"]}  # nothing of it is on the hub
     before, after = (history[step]["eval_reward"] for step in (0, 6))
     assert f"| held-out reward, greedy | {before:.3f} | {after:.3f} |" in card.text
-    assert f"| KL to the reference | 0.000 | {history[6]['kl']:.3f} |" in card.text
+    assert f"| training reward | {history[1]['reward']:.3f} | {history[6]['reward']:.3f} |" in card.text
+    assert history[6]["kl"] is None and "KL to the reference |" not in card.text  # there is no reference
     assert "after 6 steps of GRPO" in card.text and "| `LR` | 5e-05 |" in card.text
     assert "| `SYSTEM_PROMPT` | First reason between &#60;think&#62; and" in card.text
     assert "seconds" not in card.text and str(run) not in card.text and "](reward.png)" in card.text
@@ -92,9 +94,29 @@ def test_the_card_names_what_is_on_the_hub_and_only_that(tmp_path):
     card = ModelCard.load(tmp_path / "step_1/README.md")
     assert card.data.base_model == "Qwen/Qwen2.5-1.5B-Instruct" and card.data.datasets == ["openai/gsm8k"]
     assert card.text.count("\n# ") == 1 and card.text.count("\n```") == 2
+    assert "'role': 'system'" in card.text
     row = re.search(r"^\| `SYSTEM_PROMPT` \| (.*) \|$", card.text, re.MULTILINE)[1]
     assert html.unescape(row) == hostile + "\n```" and not set(row) & set("|<`[]*\n")
     assert report.on_hub("gpt2") and not any(map(report.on_hub, ["a/b/c", "/a/b", "train.jsonl", "tests", "", "a b"]))
+
+
+def test_the_card_of_a_run_without_a_system_prompt_asks_without_one(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({
+        "MODEL": "a", "DATASET": "b", "REWARDS": [], "SYSTEM_PROMPT": "", "MAX_COMPLETION_TOKENS": 9}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    report.card(tmp_path, tmp_path)
+    assert "print(chat([{'role': 'user', 'content': 'What is 2 + 3?'}], " in (tmp_path / "README.md").read_text()
+
+
+def test_what_is_logged_is_json_whatever_it_was(tmp_path):
+    report.append(str(tmp_path / "rows.jsonl"), {
+        "mean": math.nan, "all": [math.inf, 1.5], "array": torch.tensor([1, 2]), "one": torch.tensor(0.5), "path": tmp_path})
+    (line,) = (tmp_path / "rows.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=None)
+    assert "NaN" not in line and "Infinity" not in line
+    assert row == {"mean": None, "all": [None, 1.5], "array": [1, 2], "one": 0.5, "path": str(tmp_path)}
+    with pytest.raises(SystemExit, match="metrics.jsonl is not there: no run has come to its first step in"):
+        report.show(str(tmp_path))
 
 
 def test_a_card_that_fails_loses_no_checkpoint(alone, tiny, tmp_path, monkeypatch, capsys):

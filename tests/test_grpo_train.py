@@ -69,6 +69,13 @@ def test_loss_and_gradient_are_those_of_the_paper():
     assert found["entropy"].tolist() == pytest.approx([-logp for logp in logps], rel=1e-6)
 
 
+def test_without_a_reference_the_kl_is_unknown_not_zero(monkeypatch):
+    monkeypatch.setattr(grpo_train, "BETA", 0.0)
+    leaf = torch.tensor([-0.5, -1.5], requires_grad=True)
+    loss, found = GRPO_step(leaf, replace(make_batch([2], [2.0], 1, leaf.tolist(), leaf.tolist()), ref_logps=None))
+    assert found["kl"].isnan().all() and loss.item() == -2.0
+
+
 def test_kl_is_zero_and_the_ratio_one_before_the_first_update():
     leaf = torch.tensor([-0.5, -1.5], requires_grad=True)
     loss, found = GRPO_step(leaf, make_batch([2], [2.0], 1, leaf.tolist(), leaf.tolist()))
@@ -82,6 +89,10 @@ def test_a_filler_of_weight_zero_adds_nothing(alone):
     loss, found = GRPO_step(leaf, batch)
     loss.backward()
     assert not leaf.grad.any() and not loss
+    batch = replace(batch, old_logps=torch.tensor([-400.0, -400.0]), sampler_logps=torch.tensor([-400.0, -400.0]))
+    later, _ = GRPO_step(leaf, batch)  # another update, when the ratio of what is masked is infinite
+    later.backward()
+    assert not leaf.grad.any() and not later
     metrics = Metrics()
     metrics.add_tokens(found, batch.weights > 0)
     assert not any(metrics.totals.values()) and not any(metrics.counts.values())
@@ -119,7 +130,7 @@ def by_the_papers(logps, frozen, old, sampler, ref, loss_type, importance, beta,
                 surrogate = min(ratio * advantage, min(max(ratio, 0.8), 1.3) * advantage)
             surrogate *= min(math.exp(old[t] - sampler[t]), 1.2)
             kl = math.exp(ref[t] - logps[t]) - (ref[t] - logps[t]) - 1
-            objective += surrogate - beta * kl - entropy * frozen[t] * ratio
+            objective += surrogate - beta * kl - entropy * frozen[t] * math.exp(logps[t] - old[t])
         if loss_type == "grpo":
             total -= objective / length / COMPLETIONS
         elif loss_type == "dr_grpo":
@@ -216,6 +227,20 @@ def test_every_variant_is_trls_on_the_same_tensors(alone, monkeypatch, tiny_fold
     our_loss.backward()
     assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
     assert ours.grad.tolist() == pytest.approx(theirs.grad.tolist(), rel=1e-6, abs=1e-12)
+
+
+def test_the_entropy_bonus_has_no_less_of_it_in_a_ratio_of_sequences(monkeypatch):
+    """Of all 16 texts of two independent tokens, weighted by their probability."""
+    for name, value in {"BETA": 0.0, "ENTROPY_BONUS": 1.0, "IMPORTANCE": "sequence"}.items():
+        monkeypatch.setattr(grpo_train, name, value)
+    logits = torch.tensor([0.3, -1.2, 2.0, 0.1], dtype=torch.float64, requires_grad=True)
+    logps = logits.log_softmax(0)
+    entropy = torch.autograd.grad(-(logps.exp() * logps).sum(), logits, retain_graph=True)[0]
+    texts = torch.cartesian_prod(torch.arange(4), torch.arange(4))  # (16, 2)
+    chosen = logps[texts]
+    batch = batch_of([2] * 16, torch.zeros(16), chosen.detach().sum(1).exp(), None, None, chosen.detach().flatten())
+    loss = GRPO_step(chosen.flatten(), batch)[0]
+    assert torch.autograd.grad(-loss, logits)[0].tolist() == pytest.approx((2 * entropy).tolist(), rel=1e-12)
 
 
 def test_the_entropy_bonus_has_the_gradient_of_the_entropy(monkeypatch):
@@ -331,6 +356,28 @@ def test_an_outcome_that_no_function_judged_is_no_part_of_the_group_even_if_step
     assert [sample.reward for sample in group.samples] == [1.5, 0.5, 3.5]
     expected = [-1 / (math.sqrt(2) + 1e-4), 0.0, 1 / (math.sqrt(2) + 1e-4)]
     assert [sample.advantages[0].item() for sample in group.samples] == pytest.approx(expected)
+
+
+def test_a_completion_without_any_step_is_not_judged_by_that_function(tiny):
+    prompt, (_, tokenizer) = Prompt([1]), tiny
+    ids = torch.tensor(tokenizer("1+1=3").input_ids)
+    group = Group(prompt, [Sample(prompt, ids, torch.zeros(len(ids)), False) for _ in range(4)])
+    rewards = [Reward(lambda completions, **columns: [1.0, 3.0, None, None], 1.0, "outcomes"),
+               Reward(lambda completions, **columns: [[], [], [(3, 0.0)], []], 1.0, "steps")]
+    score([group], rewards, tokenizer, Metrics())
+    set_advantages([group], rewards)
+    assert [sample.reward for sample in group.samples] == [1.0, 3.0, 0.0, 0.0]
+    expected = [-1 / (math.sqrt(2) + 1e-4), 1 / (math.sqrt(2) + 1e-4), 0.0, 0.0]  # the last two have no outcome
+    assert [sample.advantages[0].item() for sample in group.samples] == pytest.approx(expected)
+
+
+def test_what_a_reward_function_logs_replaces_no_number_of_ours(alone):
+    metrics = Metrics(step=7)
+    metrics.add("loss", 0.5)
+    for name in "step", "lr", "loss", "seconds", "mine":
+        metrics.log(name, 99.0)
+    row = metrics.row(lr=0.1)
+    assert (row["step"], row["lr"], row["loss"], row["mine"]) == (7, 0.1, 0.5, 99.0) and row["seconds"] < 9
 
 
 def test_a_mean_is_over_what_was_counted_and_without_a_count_it_is_a_sum(alone):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,12 +16,16 @@ from conftest import ROOT
 def run(few, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tracked")
-    words = ["STEPS=3", "EVAL_EVERY=2", "SAVE_EVERY=0", "BETA=0", "PROMPTS_PER_STEP=2", "GROUP_SIZE=4",
+    words = ["EVAL_EVERY=2", "SAVE_EVERY=2", "BETA=0", "PROMPTS_PER_STEP=2", "GROUP_SIZE=4",
              "TRACKERS=tensorboard,wandb,csv", f"OUTPUT_DIR={folder}/run"]
-    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
-    done = subprocess.run([sys.executable, "grpo_train.py", *few, *words], cwd=ROOT, env=environment, timeout=240,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": f"{folder}/before"}
+    for steps in 3, 4:  # the second one loses its last step, and goes on
+        done = subprocess.run([sys.executable, "grpo_train.py", *few, *words, f"STEPS={steps}"], cwd=ROOT, timeout=240,
+                              env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+        environment["WANDB_DIR"] = str(folder)
+        if steps == 3:
+            shutil.rmtree(folder / "run/step_3")
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     return folder, {name: [(row["step"], row[name]) for row in rows if name in row] for name in rows[2]}
 
