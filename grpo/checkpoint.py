@@ -59,6 +59,7 @@ def begin(folder: str, constants: dict, resume: bool) -> tuple[int, str]:
 def prepare(path: Path, constants: dict, resume: bool) -> int:
     """The first process's part of `begin`: removes what the run wrote after its last checkpoint, whose step it gives.
     """
+    trackers = constants.get("TRACKERS", [])
     fixed = [name for name in constants if name not in MAY_CHANGE]
     constants = {name: constants[name] for name in constants if name in [*fixed, "STEPS"]}
     now = json.loads(json.dumps(constants, default=name_of))
@@ -75,7 +76,7 @@ def prepare(path: Path, constants: dict, resume: bool) -> int:
             f"from an earlier step, or begin a new run with MODEL={state.parent}")
     replace(path / "run.json", json.dumps(now, indent=1))
     shutil.copy(Path(__file__).with_name("page.html"), path / "index.html")
-    for leftover in [*path.glob("step_*.unfinished"), *(path / name for name in constants.get("TRACKERS", []))]:
+    for leftover in [*path.glob("step_*.unfinished"), *map(path.joinpath, trackers)]:
         shutil.rmtree(leftover, ignore_errors=True)  # trackers are told everything again
     if (state / "reference.safetensors").exists():
         shutil.copy(state / "reference.safetensors", path)

@@ -84,7 +84,7 @@ def ask_judge(gold: str, answer: str) -> bool:
             if nursery is None or nursery[0].poll() is not None:
                 require_math_verify()
                 our_end, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                path = f"{Path(__file__).parent.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+                path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
                 nursery = subprocess.Popen([sys.executable, "-P", "-m", "grpo.math_judge"], stdin=its_end,
                                            start_new_session=True, env=os.environ | {"PYTHONPATH": path}), our_end
                 its_end.close()

@@ -49,7 +49,7 @@ def load_rewards(rewards: list) -> list[Reward]:
         function, weight = entry if isinstance(entry, (tuple, list)) else (entry, 1.0)
         if isinstance(function, str):
             factor, _, place = (part.strip() for part in function.rpartition("*"))
-            module, _, name = place.rpartition(":")
+            module, _, name = (part.strip() for part in place.rpartition(":"))
             try:
                 weight = float(factor or weight)
                 if os.path.isfile(f"{place}/config.json"):

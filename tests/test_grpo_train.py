@@ -89,7 +89,7 @@ def test_a_filler_of_weight_zero_adds_nothing(alone):
     loss, found = GRPO_step(leaf, batch)
     loss.backward()
     assert not leaf.grad.any() and not loss
-    batch = replace(batch, old_logps=torch.tensor([-400.0, -400.0]), sampler_logps=torch.tensor([-400.0, -400.0]))
+    batch = replace(batch, **dict.fromkeys(["old_logps", "sampler_logps", "ref_logps"], torch.tensor([-400.0, -400.0])))
     later, _ = GRPO_step(leaf, batch)  # another update, when the ratio of what is masked is infinite
     later.backward()
     assert not leaf.grad.any() and not later

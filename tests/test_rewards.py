@@ -393,7 +393,7 @@ def test_a_bad_reward_function_is_named_with_the_completion():
 def test_none_is_no_value_and_steps_add_up():
     values, steps = called([constant([1.0, None]), constant([[(1, 0.5), (2, -2.0)], []])], ["ab", "bb"])
     assert values[0][0] == 1.0 and math.isnan(values[0][1]) and values[1] == [-1.5, 0.0]
-    assert steps == [[[], []], [[(1, 0.5), (2, -2.0)], []]]
+    assert steps == [[None, None], [[(1, 0.5), (2, -2.0)], []]]
 
 
 def test_rewards_by_name_and_weight():
