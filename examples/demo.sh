@@ -14,9 +14,8 @@ if (exec 3<>"/dev/tcp/127.0.0.1/${address##*:}") 2>/dev/null; then
     echo "something runs at $address already: end it, or choose another REF_SERVER=http://127.0.0.1:PORT" >&2
     exit 1
 fi
-set -m  # a process group of its own: Ctrl-C is for the trainer, whose last step still needs the server
+# Ctrl-C is for the trainer, whose last step still needs the server: bash has it ignored by what is in the background
 python ref_server.py "${server[@]}" PORT="${address##*:}" &
-set +m
 trap 'kill $! 2>/dev/null || true; wait $! || true' EXIT
 ${TRAINER:-deepspeed --log_level warning --num_accelerators 1} \
     grpo_train.py REF_SERVER="$address" OUTPUT_DIR="$@"
