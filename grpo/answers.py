@@ -374,7 +374,7 @@ def last_formula(text: str) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""What is inside the last complete box, `\boxed{5}`, `\fbox{5}` or `\boxed 5`; of several in a row all others."""
+    r"""What is inside the last complete box, `\boxed{5}`, `\fbox{5}` or `\boxed 5`; of several in a row each once."""
     text = re.sub(r"\\boxed +([^\s{}$\\]+)", r"\\boxed{\1}", text)
     found, begin = [], len(text)
     for box in reversed([*re.finditer(r"\\f?box(?:ed)? *\{", text)][-100:]):

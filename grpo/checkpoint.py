@@ -76,8 +76,9 @@ def prepare(path: Path, constants: dict, resume: bool) -> int:
             f"from an earlier step, or begin a new run with MODEL={state.parent}")
     replace(path / "run.json", json.dumps(now, indent=1))
     shutil.copy(Path(__file__).with_name("page.html"), path / "index.html")
-    for leftover in [*path.glob("step_*.unfinished"), *map(path.joinpath, trackers)]:
-        shutil.rmtree(leftover, ignore_errors=True)  # trackers are told everything again
+    told_again = filter(Path.is_dir, map(path.joinpath, trackers))
+    for leftover in [*path.glob("step_*.unfinished"), *told_again]:
+        shutil.rmtree(leftover)
     if (state / "reference.safetensors").exists():
         shutil.copy(state / "reference.safetensors", path)
     for name in {"metrics.jsonl", "completions.jsonl"} & set(os.listdir(path)):
